@@ -1,0 +1,60 @@
+"""Models by name: ``models.create("wrn-16-1", num_classes=10)``.
+
+Every model carries ``taps``, a dict that names where attention may be compared: ``"groups"`` (one module per
+resolution) and ``"blocks"`` (every residual block), each a list of module names in forward order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+__all__ = ["available", "create"]
+
+
+def _wide_resnet(match: re.Match[str], num_classes: int, **options: Any) -> nn.Module:
+    from models.wide_resnet import WideResNet
+
+    return WideResNet(int(match["depth"]), int(match["width"]), num_classes, **options)
+
+
+def _resnet(match: re.Match[str], num_classes: int, **options: Any) -> nn.Module:
+    from models.resnet import resnet  # torchvision takes seconds to import: only those who ask for it pay
+
+    return resnet(int(match["depth"]), num_classes, **options)
+
+
+Builder = Callable[..., nn.Module]
+
+# What to print for a family (D: depth 6n + 4, K: width), the names it answers to, and who builds it.
+_FAMILIES: list[tuple[list[str], str, Builder]] = [
+    (["wrn-D-K"], r"wrn-(?P<depth>\d+)-(?P<width>\d+)", _wide_resnet),
+    (["resnet-18", "resnet-34", "resnet-50", "resnet-101"], r"resnet-(?P<depth>18|34|50|101)", _resnet),
+]
+
+
+def available() -> list[str]:
+    """Names that :func:`create` understands; ``wrn-D-K`` stands for any depth D = 6n + 4 and width K >= 1."""
+    return [name for names, _, _ in _FAMILIES for name in names]
+
+
+def create(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
+    """A freshly initialised model.
+
+    Args:
+        name: one of :func:`available`, e.g. ``"wrn-40-2"`` or ``"resnet-18"``.
+        num_classes: width of the last layer.
+        options: passed to the model, e.g. ``in_channels=1`` for grey images.
+
+    Raises:
+        ValueError: unknown name, or a depth, width or number of classes that cannot be built.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    for _, pattern, build in _FAMILIES:
+        if match := re.fullmatch(pattern, name):
+            return build(match, num_classes, **options)
+    raise ValueError(f"unknown model {name!r}; there are: {', '.join(available())}")
