@@ -27,19 +27,14 @@ def resnet(depth: int, num_classes: int = 10, *, in_channels: int = 3, **options
     Raises:
         ValueError: another depth, or ``in_channels`` below 1.
     """
-    builders = {18: "resnet18", 34: "resnet34", 50: "resnet50", 101: "resnet101"}
-    if depth not in builders or in_channels < 1:
-        raise ValueError(
-            f"resnet needs a depth in {list(builders)} and in_channels >= 1, got {depth}, {in_channels}"
-        )
-    model: torchvision_resnet.ResNet = getattr(torchvision_resnet, builders[depth])(
-        num_classes=num_classes, **options
-    )
+    if depth not in _BUILDERS:
+        raise ValueError(f"there are resnets of depth {list(_BUILDERS)}, not {depth}")
+    if in_channels < 1:
+        raise ValueError(f"in_channels must be at least 1, got {in_channels}")
+    model = _BUILDERS[depth](num_classes=num_classes, **options)
     if in_channels != model.conv1.in_channels:
         model.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(
-            model.conv1.weight, mode="fan_out", nonlinearity="relu"
-        )  # as torchvision does
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     groups = ["layer1", "layer2", "layer3", "layer4"]
     blocks = [f"{group}.{i}" for group in groups for i in range(len(model.get_submodule(group)))]
     model.taps = {"groups": groups, "blocks": blocks}
