@@ -1,0 +1,288 @@
+"""The operators behind the public functions: schemas, shape functions, and autograd.
+
+All pairs go through one call. The operators are opaque to torch.compile and torch.export, and are
+served by whichever backend the caller names (`backends/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+
+_library = torch.library.Library("at_fused", "DEF")
+_library.define("attention_maps(Tensor[] feats, float p, str mapping, str backend) -> Tensor[]")
+_library.define(
+    "attention_maps_backward(Tensor[] feats, Tensor[] grad_maps, Tensor? scale, float p, str mapping, "
+    "str backend) -> Tensor[]"
+)
+_library.define(
+    "attention_loss(Tensor[] students, Tensor[] teachers, float[] weights, float p, str mapping, float eps, "
+    "bool reduce, bool student_slopes, bool teacher_slopes, str backend) -> (Tensor loss, Tensor[] slopes)"
+)
+_maps_op = torch.ops.at_fused.attention_maps.default
+_maps_backward_op = torch.ops.at_fused.attention_maps_backward.default
+_loss_op = torch.ops.at_fused.attention_loss.default
+
+
+def _backend(name: str) -> Any:
+    module = backends.load(name)
+    if module is None:
+        raise backends.BackendError(f"no fused backend named {name!r}")
+    return module
+
+
+def _attention_maps(feats: list[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
+    return _backend(backend).attention_maps(feats, p, mapping)
+
+
+def _attention_maps_backward(
+    feats: list[Tensor], grad_maps: list[Tensor], scale: Tensor | None, p: float, mapping: str, backend: str
+) -> list[Tensor]:
+    return _backend(backend).attention_maps_backward(feats, grad_maps, scale, p, mapping)
+
+
+def _attention_loss(
+    students: list[Tensor], teachers: list[Tensor], weights: list[float], *options: Any
+) -> tuple[Tensor, list[Tensor]]:
+    *options, backend = options
+    return _backend(backend).attention_loss(students, teachers, weights, *options)
+
+
+_library.impl("attention_maps", _attention_maps, "CompositeExplicitAutograd")
+_library.impl("attention_maps_backward", _attention_maps_backward, "CompositeExplicitAutograd")
+_library.impl("attention_loss", _attention_loss, "CompositeExplicitAutograd")
+
+
+# --- shapes -----------------------------------------------------------------------------------------
+
+
+def empty_map(feat: Tensor) -> Tensor:
+    """Uninitialised raw map of `feat` (B, C, *spatial): contiguous (B, *spatial), accumulation dtype."""
+    shape = (feat.shape[0], *feat.shape[2:])
+    return torch.empty(shape, dtype=reference.accumulation_dtype(feat.dtype), device=feat.device)
+
+
+def pair_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """The dtype in which a pair's maps are compared: fp64 as soon as one side is."""
+    return reference.accumulation_dtype(torch.promote_types(student.dtype, teacher.dtype))
+
+
+def empty_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], reduce: bool) -> Tensor:
+    """Uninitialised loss: () or (n_pairs,), fp64 if any pair is, else fp32."""
+    dtypes = [pair_dtype(s, t) for s, t in zip(students, teachers, strict=True)]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return torch.empty(() if reduce else (len(dtypes),), dtype=dtype, device=students[0].device)
+
+
+@torch.library.register_fake("at_fused::attention_maps", lib=_library)
+def _fake_maps(feats: list[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
+    return [empty_map(feat) for feat in feats]
+
+
+@torch.library.register_fake("at_fused::attention_maps_backward", lib=_library)
+def _fake_maps_backward(
+    feats: list[Tensor], grad_maps: list[Tensor], scale: Tensor | None, p: float, mapping: str, backend: str
+) -> list[Tensor]:
+    return [torch.empty_like(feat) for feat in feats]
+
+
+@torch.library.register_fake("at_fused::attention_loss", lib=_library)
+def _fake_loss(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    weights: list[float],
+    p: float,
+    mapping: str,
+    eps: float,
+    reduce: bool,
+    student_slopes: bool,
+    teacher_slopes: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
+    sides = [*(students if student_slopes else ()), *(teachers if teacher_slopes else ())]
+    return empty_loss(students, teachers, reduce), [empty_map(feat) for feat in sides]
+
+
+# --- autograd ---------------------------------------------------------------------------------------
+#
+# One autograd.Function per operator, registered on the Autograd key: under half the overhead of
+# torch.library.register_autograd. Functions take their tensors flat, since apply() does not look into lists.
+
+
+def _requires_grad(*groups: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for group in groups for tensor in group)
+
+
+class _Maps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p: float, mapping: str, backend: str, *feats: Tensor) -> tuple[Tensor, ...]:
+        ctx.options = (p, mapping, backend)
+        ctx.save_for_backward(*feats)
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(_maps_op(list(feats), p, mapping, backend))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_maps: Tensor | None) -> tuple[Tensor | None, ...]:
+        feats = ctx.saved_tensors
+        wanted = [i for i, grad in enumerate(grad_maps) if grad is not None and ctx.needs_input_grad[3 + i]]
+        grads: list[Tensor | None] = [None] * len(feats)
+        if wanted:
+            inputs = [feats[i] for i in wanted], [grad_maps[i] for i in wanted]
+            for i, grad in zip(wanted, _maps_backward_op(*inputs, None, *ctx.options), strict=True):
+                grads[i] = grad
+        return None, None, None, *grads
+
+
+class _MapsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, p: float, mapping: str, backend: str, scale: Tensor | None, *feats_and_grads: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.options = (p, mapping)
+        ctx.save_for_backward(scale, *feats_and_grads)
+        count = len(feats_and_grads) // 2
+        feats, grad_maps = list(feats_and_grads[:count]), list(feats_and_grads[count:])
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(_maps_backward_op(feats, grad_maps, scale, p, mapping, backend))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scale, *tensors = ctx.saved_tensors
+        count = len(tensors) // 2
+        needed = ctx.needs_input_grad[3:]
+
+        def recompute(scale: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+            scales = [None] * count if scale is None else scale.expand(count).unbind()
+            return [
+                reference.attention_map_backward(feat, grad if s is None else grad * s, *ctx.options)
+                for feat, grad, s in zip(tensors[:count], tensors[count:], scales, strict=True)
+            ]
+
+        return None, None, None, *_recomputed_gradients(recompute, (scale, *tensors), needed, grads)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weights: list[float], options: tuple[Any, ...], backend: str, *feats: Tensor
+    ) -> tuple[Tensor, ...]:
+        count = len(weights)
+        p, mapping, eps, reduce, student_slopes, teacher_slopes = options
+        student_slopes = student_slopes or any(ctx.needs_input_grad[3 : 3 + count])
+        teacher_slopes = teacher_slopes or any(ctx.needs_input_grad[3 + count :])
+        options = (p, mapping, eps, reduce, student_slopes, teacher_slopes)
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, slopes = _loss_op(list(feats[:count]), list(feats[count:]), weights, *options, backend)
+        ctx.weights, ctx.options, ctx.backend = weights, options, backend
+        ctx.save_for_backward(*feats, *slopes)
+        ctx.mark_non_differentiable(*slopes)
+        ctx.set_materialize_grads(False)
+        return loss, *slopes
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        count = len(ctx.weights)
+        p, mapping, eps, reduce, student_slopes, _teacher_slopes = ctx.options
+        feats, slopes = ctx.saved_tensors[: 2 * count], ctx.saved_tensors[2 * count :]
+        needed = ctx.needs_input_grad[3:]
+        grads: list[Tensor | None] = [None] * (2 * count)
+        if grad is None:
+            return None, None, None, *grads
+
+        if torch.is_grad_enabled():  # create_graph=True: the slopes' own derivatives are needed too.
+
+            def recompute(*feats: Tensor) -> list[Tensor]:
+                students, teachers = feats[:count], feats[count:]
+                return [
+                    reference.attention_loss(
+                        students, teachers, ctx.weights, p, mapping, eps=eps, reduce=reduce
+                    )
+                ]
+
+            return None, None, None, *_recomputed_gradients(recompute, feats, needed, (grad,))
+
+        wanted = [i for i in range(2 * count) if needed[i]]
+        first_slope = 0 if student_slopes else count
+        scale = grad if reduce else _pick(grad, [i % count for i in wanted])
+        computed = _maps_backward_op(
+            [feats[i] for i in wanted],
+            [slopes[i - first_slope] for i in wanted],
+            scale,
+            p,
+            mapping,
+            ctx.backend,
+        )
+        for i, feat_grad in zip(wanted, computed, strict=True):
+            grads[i] = feat_grad
+        return None, None, None, *grads
+
+
+def _pick(values: Tensor, indices: list[int]) -> Tensor:
+    """`values[indices]` without sending the indices to the device."""
+    if indices == list(range(len(values))):
+        return values
+    parts = values.unbind()
+    return torch.stack([parts[i] for i in indices])
+
+
+def _recomputed_gradients(
+    function: Any, inputs: Sequence[Tensor | None], needed: Sequence[bool], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients at the needed inputs through a differentiable recomputation in plain PyTorch."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views keep the graph of the inputs when it is wanted, and cut it when it is not.
+        inputs = [
+            None if x is None else (x.view_as(x) if create_graph else x.detach().requires_grad_(need))
+            for x, need in zip(inputs, needed, strict=True)
+        ]
+        outputs = function(*inputs)
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
+        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [out for out, _ in pairs],
+                wanted,
+                [grad for _, grad in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        )
+    return [next(found) if need and x is not None else None for x, need in zip(inputs, needed, strict=True)]
+
+
+def _maps_autograd(feats: list[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
+    if _requires_grad(feats):
+        return list(_Maps.apply(p, mapping, backend, *feats))
+    with torch._C._AutoDispatchBelowAutograd():
+        return _maps_op(feats, p, mapping, backend)
+
+
+def _maps_backward_autograd(
+    feats: list[Tensor], grad_maps: list[Tensor], scale: Tensor | None, p: float, mapping: str, backend: str
+) -> list[Tensor]:
+    if _requires_grad(feats, grad_maps, () if scale is None else (scale,)):
+        return list(_MapsBackward.apply(p, mapping, backend, scale, *feats, *grad_maps))
+    with torch._C._AutoDispatchBelowAutograd():
+        return _maps_backward_op(feats, grad_maps, scale, p, mapping, backend)
+
+
+def _loss_autograd(
+    students: list[Tensor], teachers: list[Tensor], weights: list[float], *options: Any
+) -> tuple[Tensor, list[Tensor]]:
+    if _requires_grad(students, teachers):
+        loss, *slopes = _Loss.apply(weights, options[:-1], options[-1], *students, *teachers)
+        return loss, slopes
+    with torch._C._AutoDispatchBelowAutograd():
+        return _loss_op(students, teachers, weights, *options)
+
+
+_library.impl("attention_maps", _maps_autograd, "Autograd")
+_library.impl("attention_maps_backward", _maps_backward_autograd, "Autograd")
+_library.impl("attention_loss", _loss_autograd, "Autograd")

@@ -1,0 +1,334 @@
+"""The public functions: they check their arguments, then choose between the fused loss and composed maps."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _ops, backends, reference
+
+Features = Tensor | Sequence[Tensor]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MAPPINGS = ("sum", "max")
+_NORMALIZE = (None, "l2", "l1")
+_DISTANCES = ("mse", "norm")
+_REDUCTIONS = ("sum", "none")
+_RESIZE = ("bilinear", "nearest", "error")
+_BACKENDS = ("auto", *backends.NAMES)
+
+
+def attention_map(
+    feat: Tensor,
+    p: float = 2,
+    *,
+    mapping: str = "sum",
+    normalize: str | None = None,
+    channel_dim: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Spatial attention map of a feature (section 3.1, Eq. 1).
+
+    Args:
+        feat: activations (B, C, *spatial), or with the channels at `channel_dim`; fp64, fp32, bf16 or
+            fp16, any strides; never copied.
+        p: exponent of the absolute values, a real number >= 1.
+        mapping: "sum" for F_sum^p = sum_c |A_c|^p, "max" for F_max^p = max_c |A_c|^p.
+        normalize: None, or "l2" / "l1" to divide each sample's map by its norm over all positions.
+        channel_dim: dimension of the channels; -1 for (B, N, C) tokens.
+        backend: "auto", or one of `available_backends()`.
+
+    Returns:
+        (B, *spatial) in fp32 (fp64 for fp64 features), differentiable twice.
+
+    Raises:
+        TypeError: `feat` is not a floating-point tensor, or `p` not a number.
+        ValueError: p < 1, an unknown option, no spatial dimension, or a backend that can't serve.
+    """
+    _check_exponent(p)
+    _check_options(
+        mapping=(mapping, _MAPPINGS), normalize=(normalize, _NORMALIZE), backend=(backend, _BACKENDS)
+    )
+    feat = _channels_second(feat, "feat", channel_dim)
+    backend = backends.select(backend, (feat,), p, mapping)
+    (attention,) = _maps((feat,), p, mapping, backend)
+    return reference.normalize_map(attention, normalize, eps=1e-12)
+
+
+def attention_loss(
+    s_feats: Features,
+    t_feats: Features,
+    p: float = 2,
+    *,
+    mapping: str = "sum",
+    normalize: str | None = "l2",
+    distance: str = "mse",
+    norm_order: float = 2,
+    weights: Sequence[float] | None = None,
+    reduction: str = "sum",
+    resize: str = "bilinear",
+    channel_dim: int = 1,
+    eps: float = 1e-12,
+    backend: str = "auto",
+) -> Tensor:
+    """Activation-based attention-transfer loss between student and teacher (section 3.1, Eq. 2).
+
+    ```
+    loss = cross_entropy + 1000 * at_fused.attention_loss(student_feats, teacher_feats)
+    ```
+
+    Args:
+        s_feats: the student's features, one tensor (B, C, *spatial) or a sequence of them; fp64, fp32,
+            bf16 or fp16, any strides, never copied. Ranks, dtypes and sizes may differ between pairs.
+        t_feats: the teacher's features, as many; their channels may differ from the student's.
+        p: exponent of the absolute values, a real number >= 1.
+        mapping: "sum" (F_sum^p) or "max" (F_max^p).
+        normalize: "l2", "l1", or None, over each sample's positions.
+        distance: "mse", the mean over batch and positions of the squared difference (the authors' code:
+            beta = 1000), or "norm", the mean over the batch of the difference's q-norm (Eq. 2: beta / 2).
+        norm_order: q >= 1 of distance="norm"; not the exponent p.
+        weights: one factor per pair; None means 1 for each.
+        reduction: "sum" over pairs, or "none".
+        resize: what to do when a pair's spatial sizes differ: interpolate the teacher's *map* to the
+            student's grid ("bilinear", without align_corners, or "nearest"), or raise ("error").
+        channel_dim: dimension of the channels in every feature; -1 for (B, N, C) tokens.
+        eps: lower bound of the norms, applied in fp32.
+        backend: "auto", or one of `available_backends()`.
+
+    Returns:
+        Scalar, or (n_pairs,) with reduction="none"; fp32 (fp64 if a feature is fp64). Gradients flow to
+        every feature that requires them, in its dtype and memory format. An empty batch gives 0.
+
+    Raises:
+        TypeError: a feature that is not a floating-point tensor, or an option of a wrong type.
+        ValueError: numbers of features, batch sizes, devices, or (resize="error") spatial sizes that
+            differ, p < 1, an empty list, an unknown option, or a backend that can't serve.
+    """
+    _check_exponent(p)
+    _check_options(
+        mapping=(mapping, _MAPPINGS),
+        normalize=(normalize, _NORMALIZE),
+        distance=(distance, _DISTANCES),
+        reduction=(reduction, _REDUCTIONS),
+        resize=(resize, _RESIZE),
+        backend=(backend, _BACKENDS),
+    )
+    _check_number("norm_order", norm_order, at_least=1, finite=False)
+    _check_number("eps", eps, at_least=0)
+    students, teachers = _check_pairs(s_feats, t_feats, channel_dim, resize)
+    factors = _check_weights(weights, len(students))
+    reduce = reduction == "sum"
+    same_sizes = all(s.shape[2:] == t.shape[2:] for s, t in zip(students, teachers, strict=True))
+
+    feats = (*students, *teachers)
+    backend = backends.select(backend, feats, p, mapping)
+    if backend != "reference" and normalize == "l2" and distance == "mse" and same_sizes:
+        loss, _ = torch.ops.at_fused.attention_loss(
+            students, teachers, factors, float(p), mapping, float(eps), reduce, False, False, backend
+        )
+        return loss
+
+    # What is not hot is composed in PyTorch from the fused maps, which are small.
+    maps = _maps(feats, p, mapping, backend)
+    losses = [
+        reference.loss_from_maps(
+            student,
+            teacher,
+            normalize=normalize,
+            distance=distance,
+            norm_order=norm_order,
+            resize=resize,
+            eps=eps,
+        )
+        for student, teacher in zip(maps[: len(students)], maps[len(students) :], strict=True)
+    ]
+    return reference.combine(losses, factors, reduce)
+
+
+class AttentionLoss(nn.Module):
+    """`beta * attention_loss(...)` as a module, with beta folded into the kernels.
+
+    Args:
+        p: exponent of the maps.
+        beta: factor of the whole loss; 1000 with distance="mse" is the authors' setting. A plain
+            attribute: assign to it to schedule it.
+        **options: the keyword arguments of `attention_loss`.
+
+    Shape:
+        forward(s_feats, t_feats) -> scalar, or (n_pairs,) with reduction="none".
+    """
+
+    def __init__(
+        self,
+        p: float = 2,
+        *,
+        beta: float = 1000.0,
+        mapping: str = "sum",
+        normalize: str | None = "l2",
+        distance: str = "mse",
+        norm_order: float = 2,
+        weights: Sequence[float] | None = None,
+        reduction: str = "sum",
+        resize: str = "bilinear",
+        channel_dim: int = 1,
+        eps: float = 1e-12,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.p = p
+        self.beta = beta
+        self.weights = None if weights is None else tuple(weights)
+        self.options: dict[str, Any] = {
+            "mapping": mapping,
+            "normalize": normalize,
+            "distance": distance,
+            "norm_order": norm_order,
+            "reduction": reduction,
+            "resize": resize,
+            "channel_dim": channel_dim,
+            "eps": eps,
+            "backend": backend,
+        }
+        # A wrong option is reported where it was written, not at the first step.
+        _check_options(backend=(backend, _BACKENDS))
+        probes = [torch.zeros(0, 1, 1)] * (1 if weights is None else len(weights))
+        attention_loss(
+            probes, probes, p, weights=weights, **{**self.options, "channel_dim": 1, "backend": "auto"}
+        )
+
+    def forward(self, s_feats: Features, t_feats: Features) -> Tensor:
+        count = 1 if isinstance(s_feats, Tensor) else len(s_feats)
+        weights = [self.beta * weight for weight in self.weights or (1.0,) * count]
+        return attention_loss(s_feats, t_feats, self.p, weights=weights, **self.options)
+
+    def extra_repr(self) -> str:
+        changed = {"p": self.p, "beta": self.beta, "weights": self.weights, **self.options}
+        return ", ".join(f"{name}={value!r}" for name, value in changed.items())
+
+
+def _maps(feats: Sequence[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
+    if backend == "reference":
+        return [reference.attention_map(feat, p, mapping) for feat in feats]
+    maps: list[Tensor] = torch.ops.at_fused.attention_maps(list(feats), float(p), mapping, backend)
+    return maps
+
+
+# --- argument checks --------------------------------------------------------------------------------
+
+
+def _check_number(name: str, value: float, *, at_least: float, finite: bool = True) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    if not value >= at_least or (finite and math.isinf(value)):
+        raise ValueError(f"{name} must be {'a finite number ' if finite else ''}>= {at_least}, got {value}")
+
+
+def _check_exponent(p: float) -> None:
+    _check_number("p", p, at_least=1)
+
+
+def _check_options(**options: tuple[object, tuple[object, ...]]) -> None:
+    for name, (value, allowed) in options.items():
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name} must be one of {allowed}, got {type(value).__name__}")
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def _channels_second(feat: Tensor, what: str, channel_dim: int) -> Tensor:
+    """A view of `feat` as (B, C, *spatial), once it is known to be a feature."""
+    if not isinstance(feat, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(feat).__name__}")
+    if feat.dtype not in _DTYPES:
+        raise TypeError(f"{what} {tuple(feat.shape)} must be fp64, fp32, bf16 or fp16, got {feat.dtype}")
+    if feat.ndim < 3:
+        raise ValueError(f"{what} {tuple(feat.shape)} must have batch, channel and spatial dimensions")
+    if channel_dim == 1:
+        channels = feat
+    else:
+        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+            raise TypeError(f"channel_dim must be an integer, got {type(channel_dim).__name__}")
+        if not -feat.ndim <= channel_dim < feat.ndim or channel_dim in (0, -feat.ndim):
+            raise ValueError(
+                f"channel_dim {channel_dim} does not name a channel dimension of {what} {tuple(feat.shape)}"
+            )
+        channels = feat.movedim(channel_dim, 1)
+    if channels.shape[1] == 0:
+        raise ValueError(f"{what} {tuple(feat.shape)} has no channels")
+    return channels
+
+
+def _check_pairs(
+    s_feats: Features, t_feats: Features, channel_dim: int, resize: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Both sides as lists of (B, C, *spatial) views, once every pair is known to match."""
+    if isinstance(s_feats, Tensor) and isinstance(t_feats, Tensor):
+        s_feats, t_feats = [s_feats], [t_feats]
+    for side, feats in (("s_feats", s_feats), ("t_feats", t_feats)):
+        if not isinstance(feats, (list, tuple)):
+            raise TypeError(
+                f"{side} must be a tensor or a sequence of them like the other side, got {type(feats).__name__}"
+            )
+    if len(s_feats) != len(t_feats):
+        raise ValueError(
+            f"student and teacher must have as many features: got {len(s_feats)} "
+            f"{_shapes(s_feats)} and {len(t_feats)} {_shapes(t_feats)}"
+        )
+    if not len(s_feats):
+        raise ValueError("s_feats and t_feats are empty: at least one pair is needed")
+    students, teachers = [], []
+    for index, (s_feat, t_feat) in enumerate(zip(s_feats, t_feats, strict=True)):
+        student = _channels_second(s_feat, f"pair {index}: student", channel_dim)
+        teacher = _channels_second(t_feat, f"pair {index}: teacher", channel_dim)
+        problem = _mismatch(student, teacher, resize)
+        if problem:
+            raise ValueError(
+                f"pair {index}: student {tuple(s_feat.shape)} and teacher {tuple(t_feat.shape)} {problem}"
+            )
+        if students and student.device != students[0].device:
+            raise ValueError(
+                f"pair {index}: student {tuple(s_feat.shape)} is on {student.device}, pair 0 on {students[0].device}"
+            )
+        students.append(student)
+        teachers.append(teacher)
+    return students, teachers
+
+
+def _mismatch(student: Tensor, teacher: Tensor, resize: str) -> str | None:
+    """What keeps two (B, C, *spatial) features from forming a pair."""
+    if student.device != teacher.device:
+        return f"are on different devices, {student.device} and {teacher.device}"
+    if student.shape[0] != teacher.shape[0]:
+        return "differ in batch size"
+    if student.ndim != teacher.ndim:
+        return "differ in the number of spatial dimensions"
+    if student.shape[2:] != teacher.shape[2:]:
+        if resize == "error":
+            return 'differ in spatial size (resize="error")'
+        if 0 in student.shape[2:] or 0 in teacher.shape[2:]:
+            return "differ in spatial size, and one is empty"
+        if student.ndim > 5:
+            return "differ in spatial size, and maps of more than 3 dimensions can't be resized"
+    return None
+
+
+def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1.0] * count
+    if isinstance(weights, (str, Tensor)) or not isinstance(weights, Sequence):
+        raise TypeError(f"weights must be a sequence of numbers, got {type(weights).__name__}")
+    for index, weight in enumerate(weights):
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
+            raise TypeError(f"weights[{index}] must be a real number, got {type(weight).__name__}")
+    if len(weights) != count:
+        raise ValueError(f"weights must have one number per pair: got {len(weights)} for {count} pairs")
+    return [float(weight) for weight in weights]
+
+
+def _shapes(feats: Sequence[object]) -> list[object]:
+    return [tuple(feat.shape) if isinstance(feat, Tensor) else type(feat).__name__ for feat in feats]

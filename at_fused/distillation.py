@@ -1,0 +1,52 @@
+"""Knowledge distillation (Hinton et al., 2015) as used beside attention transfer in section 4.1."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import accumulation_dtype
+
+
+def distillation_loss(
+    s_logits: Tensor, t_logits: Tensor, targets: Tensor, temperature: float = 4.0, alpha: float = 0.9
+) -> Tensor:
+    """`alpha * T^2 * KL(teacher || student at T) + (1 - alpha) * CE`, averaged over the batch.
+
+    Args:
+        s_logits: student's logits, (B, n_classes), floating point.
+        t_logits: teacher's logits, the same shape.
+        targets: class indices (B,) int64, or class probabilities (B, n_classes).
+        temperature: T > 0; the paper uses 4 for residual networks.
+        alpha: weight of the soft part, in [0, 1]; the paper uses 0.9.
+
+    Returns:
+        Scalar in fp32 (fp64 for fp64 logits). An empty batch gives 0.
+
+    Raises:
+        ValueError: the shapes of the logits differ, T <= 0, or alpha outside [0, 1].
+    """
+    if s_logits.shape != t_logits.shape or s_logits.ndim != 2:
+        raise ValueError(
+            f"student logits {tuple(s_logits.shape)} and teacher logits {tuple(t_logits.shape)} "
+            "must both be (B, n_classes)"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    if targets.shape[:1] != s_logits.shape[:1]:
+        raise ValueError(
+            f"targets {tuple(targets.shape)} and logits {tuple(s_logits.shape)} differ in batch size"
+        )
+    wide = accumulation_dtype(s_logits.dtype)
+    s_logits, t_logits = s_logits.to(wide), t_logits.to(wide)
+    batch = max(s_logits.shape[0], 1)
+    soft = F.kl_div(
+        F.log_softmax(s_logits / temperature, dim=1),
+        F.log_softmax(t_logits / temperature, dim=1),
+        reduction="sum",
+        log_target=True,
+    )
+    hard = F.cross_entropy(s_logits, targets, reduction="sum")
+    return (alpha * temperature**2 * soft + (1 - alpha) * hard) / batch

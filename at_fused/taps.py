@@ -1,0 +1,93 @@
+"""Collecting intermediate features from any `nn.Module` by module name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class FeatureTaps:
+    """Records the outputs of named submodules during each forward pass.
+
+    ```
+    with FeatureTaps(model, ["layer3", "layer4"]) as taps:
+        logits = model(images)
+        loss = at_fused.attention_loss(taps.features, teacher_taps.features)
+    ```
+
+    Args:
+        model: any module; the names are those of `model.named_modules()`. For a model under
+            DistributedDataParallel or torch.compile, tap the original module it wraps.
+        names: submodules to record, in the order in which `features` lists them.
+
+    A module called several times in one forward pass keeps its last output. Hooks live from
+    construction until the `with` block ends, or until `close()`.
+
+    Raises:
+        ValueError: a name that is not a submodule (close matches are listed), or a repeated one.
+        TypeError: (from the forward pass) a tapped module that does not return a tensor.
+        RuntimeError: `features` read before every tapped module has run.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        if isinstance(names, str):
+            raise TypeError(f"names must be a sequence of module names, got the single string {names!r}")
+        self.names = tuple(names)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name in self.names:
+            if name not in modules:
+                raise ValueError(_unknown_name(name, list(modules)))
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"module names are repeated: {list(self.names)}")
+        self._outputs: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = [
+            modules[name].register_forward_hook(self._recorder(name)) for name in self.names
+        ]
+
+    def _recorder(self, name: str) -> Any:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                raise TypeError(f"tapped module {name!r} returned {type(output).__name__}, not a tensor")
+            self._outputs[name] = output
+
+        return record
+
+    @property
+    def features(self) -> list[Tensor]:
+        """The latest outputs, in the order of `names`."""
+        missing = [name for name in self.names if name not in self._outputs]
+        if missing:
+            raise RuntimeError(f"no forward pass has reached the tapped modules {missing}")
+        return [self._outputs[name] for name in self.names]
+
+    def clear(self) -> None:
+        """Forgets the recorded features, so that they do not outlive the step."""
+        self._outputs.clear()
+
+    def close(self) -> None:
+        """Removes the hooks and forgets the features."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.clear()
+
+    def __enter__(self) -> FeatureTaps:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _unknown_name(name: str, known: list[str]) -> str:
+    known = [candidate for candidate in known if candidate]
+    close = difflib.get_close_matches(name, known, n=3) or known[:10]
+    return (
+        f"no submodule named {name!r}; close names: {', '.join(close) or 'none, the model has no submodules'}"
+    )
