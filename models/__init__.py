@@ -10,24 +10,24 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from models.tapped import TappedModel
 
-__all__ = ["available", "create"]
+__all__ = ["TappedModel", "available", "create"]
 
 
-def _wide_resnet(match: re.Match[str], num_classes: int, **options: Any) -> nn.Module:
+def _wide_resnet(match: re.Match[str], num_classes: int, **options: Any) -> TappedModel:
     from models.wide_resnet import WideResNet
 
     return WideResNet(int(match["depth"]), int(match["width"]), num_classes, **options)
 
 
-def _resnet(match: re.Match[str], num_classes: int, **options: Any) -> nn.Module:
-    from models.resnet import resnet  # torchvision takes seconds to import: only those who ask for it pay
+def _resnet(match: re.Match[str], num_classes: int, **options: Any) -> TappedModel:
+    from models.resnet import ResNet  # torchvision takes seconds to import: only those who ask for it pay
 
-    return resnet(int(match["depth"]), num_classes, **options)
+    return ResNet(int(match["depth"]), num_classes, **options)
 
 
-Builder = Callable[..., nn.Module]
+Builder = Callable[..., TappedModel]
 
 # What to print for a family (D: depth 6n + 4, K: width), the names it answers to, and who builds it.
 _FAMILIES: list[tuple[list[str], str, Builder]] = [
@@ -41,7 +41,7 @@ def available() -> list[str]:
     return [name for names, _, _ in _FAMILIES for name in names]
 
 
-def create(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
+def create(name: str, num_classes: int = 10, **options: Any) -> TappedModel:
     """A freshly initialised model.
 
     Args:

@@ -7,14 +7,21 @@ from typing import Any
 from torch import nn
 
 from models import torchvision_compat  # noqa: F401  (before torchvision)
+from models.tapped import TappedModel
 
 # isort: split
-from torchvision.models import resnet18, resnet34, resnet50, resnet101
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import ResNet as TorchvisionResNet
 
-_BUILDERS = {18: resnet18, 34: resnet34, 50: resnet50, 101: resnet101}
+_BLOCKS = {
+    18: (BasicBlock, [2, 2, 2, 2]),
+    34: (BasicBlock, [3, 4, 6, 3]),
+    50: (Bottleneck, [3, 4, 6, 3]),
+    101: (Bottleneck, [3, 4, 23, 3]),
+}
 
 
-def resnet(depth: int, num_classes: int = 10, *, in_channels: int = 3, **options: Any) -> nn.Module:
+class ResNet(TorchvisionResNet, TappedModel):
     """torchvision's ``resnet<depth>``, whose ``state_dict`` keys it keeps, with ``taps`` added.
 
     ``forward`` takes ``(B, in_channels, H, W)`` and returns logits ``(B, num_classes)``. Groups (``layer1``
@@ -27,15 +34,17 @@ def resnet(depth: int, num_classes: int = 10, *, in_channels: int = 3, **options
     Raises:
         ValueError: another depth, or ``in_channels`` below 1.
     """
-    if depth not in _BUILDERS:
-        raise ValueError(f"there are resnets of depth {list(_BUILDERS)}, not {depth}")
-    if in_channels < 1:
-        raise ValueError(f"in_channels must be at least 1, got {in_channels}")
-    model = _BUILDERS[depth](num_classes=num_classes, **options)
-    if in_channels != model.conv1.in_channels:
-        model.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    groups = ["layer1", "layer2", "layer3", "layer4"]
-    blocks = [f"{group}.{i}" for group in groups for i in range(len(model.get_submodule(group)))]
-    model.taps = {"groups": groups, "blocks": blocks}
-    return model
+
+    def __init__(self, depth: int, num_classes: int = 10, *, in_channels: int = 3, **options: Any) -> None:
+        if depth not in _BLOCKS:
+            raise ValueError(f"there are ResNets of depth {', '.join(map(str, _BLOCKS))}, not {depth}")
+        if in_channels < 1:
+            raise ValueError(f"in_channels must be at least 1, got {in_channels}")
+        block, counts = _BLOCKS[depth]
+        super().__init__(block, counts, num_classes=num_classes, **options)
+        if in_channels != 3:
+            self.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        groups = ["layer1", "layer2", "layer3", "layer4"]
+        names = [f"{group}.{i}" for group, count in zip(groups, counts, strict=True) for i in range(count)]
+        self.taps = {"groups": groups, "blocks": names}

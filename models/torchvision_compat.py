@@ -1,8 +1,8 @@
 """Import this before torchvision: ``from models import torchvision_compat  # noqa: F401``.
 
 torchvision's PyPI wheel is built for a CUDA torch. Next to a CPU-only torch its compiled operators cannot
-load, and ``import torchvision`` then stops at "operator torchvision::nms does not exist": torchvision describes
-(``register_fake``) two operators that nothing has declared. Declaring their schemas is enough. All of its
+load, and ``import torchvision`` then stops at "operator torchvision::nms does not exist", as it describes
+(``register_fake``) two operators that nothing has declared. Declaring their schemas is enough: all of its
 Python (datasets, transforms, models) works, and only calling non-maximum suppression itself still raises.
 
 Where the compiled operators load, this module changes nothing.

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.tapped import TappedModel
+
 
 def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
@@ -29,7 +31,7 @@ class Block(nn.Module):
         return residual + (x if self.shortcut is None else self.shortcut(activated))
 
 
-class WideResNet(nn.Module):
+class WideResNet(TappedModel):
     """WRN-depth-width: three groups of ``(depth - 4) / 6`` blocks with 16, 32, 64 times ``width`` channels.
 
     ``forward`` takes ``(B, in_channels, H, W)`` and returns logits ``(B, num_classes)``. The groups' outputs

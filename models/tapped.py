@@ -1,0 +1,15 @@
+"""What every model of the zoo offers beside ``nn.Module``."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class TappedModel(nn.Module):
+    """A module that names where its attention may be compared with another model's.
+
+    ``taps["groups"]`` has one module per resolution, ``taps["blocks"]`` every residual block: names as in
+    ``named_modules()``, in forward order, ready for ``at_fused.FeatureTaps``.
+    """
+
+    taps: dict[str, list[str]]
