@@ -1,0 +1,57 @@
+# make help lists the targets. Needs python3 (3.10 or newer), make and, for the fused CPU kernel, g++.
+PYTHON ?= python3
+VENV ?= .venv
+# torch goes first and by exact version: a looser request may fetch gigabytes of CUDA libraries.
+TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.at_fused-ready
+CODE := at_fused models trainer train.py benchmarks
+# AT_FUSED_* variables change what is built, so a build under one of them is never taken for an ordinary one.
+INPUTS := pyproject.toml setup.py at_fused/__init__.py $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test demo lint bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@echo "choose another torch: make setup TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'"
+
+setup: $(READY) ## make .venv, install what is needed, build the kernel
+
+$(BIN)/python:
+	@echo "[setup] $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "at_fused needs Python 3.10 or newer: make setup PYTHON=python3.x")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(READY): $(INPUTS) | $(BIN)/python
+	@echo "[setup] $(TORCH)"
+	@$(PIP) install -q $(TORCH)
+	@echo "[setup] $(TORCHVISION), build tools"
+	@$(PIP) install -q $(TORCHVISION) 'setuptools>=77' wheel ninja
+	@echo "[setup] at_fused and its extras"
+	@$(PIP) install -v --no-build-isolation -e '.[train,dev]' > $(VENV)/install.log 2>&1 \
+		|| { tail -n 30 $(VENV)/install.log; echo "[setup] failed; the whole log: $(VENV)/install.log"; exit 1; }
+	@sed -n 's/^ *\(at_fused: .*\)/[setup] \1/p' $(VENV)/install.log
+	@touch $@
+
+test: setup ## run every test
+	@echo "[test] pytest"
+	@$(BIN)/python -m pytest -q
+
+demo: setup ## train a teacher, a student and a student with attention transfer on digits
+	@$(BIN)/python examples/demo.py
+
+lint: setup ## ruff and mypy
+	@echo "[lint] ruff check" && $(BIN)/ruff check --quiet .
+	@echo "[lint] ruff format" && $(BIN)/ruff format --check --quiet .
+	@echo "[lint] mypy" && $(BIN)/mypy --no-error-summary $(CODE)
+
+bench: setup ## time the loss and the training step against eager and torch.compile
+	@$(BIN)/python -m benchmarks.run --device cpu --suite loss --out runs/bench
+	@$(BIN)/python -m benchmarks.run --device cpu --suite step --out runs/bench
+
+clean: ## remove what was built (keeps .venv and runs)
+	@rm -rf build dist *.egg-info at_fused/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis $(READY)
