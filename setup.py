@@ -33,7 +33,7 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # expose only what tor
 
 
 def libraries() -> list[Extension]:
-    """One entry per library. A CUDA one (`at_fused._cuda`, csrc/cuda) joins here, to be built only with nvcc."""
+    """One entry per library; a CUDA one (`at_fused._cuda`, csrc/cuda) joins here, to be built with nvcc."""
     os.chdir(ROOT)  # setuptools wants sources relative to setup.py
     sources = sorted(glob("csrc/cpu/*.cpp"))
     return [Extension("at_fused._cpu", sources, language="c++")] if sources else []
@@ -76,9 +76,7 @@ class BuildLibraries(build_ext):
         except Exception as error:
             if required:
                 raise
-            for (
-                library
-            ) in self.extensions:  # an older library must not answer for sources it was not built from
+            for library in self.extensions:  # an older one must not answer for newer sources
                 (ROOT / self.get_ext_filename(library.name)).unlink(missing_ok=True)
             self.leave_out(
                 f"csrc does not compile ({(str(error) or repr(error)).splitlines()[0]}); to see why: "
@@ -122,9 +120,7 @@ class BuildLibraries(build_ext):
             beside_the_source = ROOT / self.get_ext_filename(library.name)
             fresh = beside_the_source.with_suffix(f".{os.getpid()}")
             shutil.copy2(self.built(library), fresh)
-            fresh.replace(
-                beside_the_source
-            )  # whole at any moment; running processes keep what they have mapped
+            fresh.replace(beside_the_source)  # in one step: running processes keep what they mapped
 
     def built(self, library: Extension) -> Path:
         return Path(self.build_lib, self.get_ext_filename(library.name))
