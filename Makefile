@@ -28,9 +28,9 @@ $(BIN)/python:
 
 $(READY): $(INPUTS) | $(BIN)/python
 	@echo "[setup] $(TORCH)"
-	@$(PIP) install -q $(TORCH)
+	@$(PIP) install -qq $(TORCH)
 	@echo "[setup] $(TORCHVISION), build tools"
-	@$(PIP) install -q $(TORCHVISION) 'setuptools>=77' wheel ninja
+	@$(PIP) install -qq $(TORCHVISION) 'setuptools>=77' wheel ninja
 	@echo "[setup] at_fused and its extras"
 	@$(PIP) install -v --no-build-isolation -e '.[train,dev]' > $(VENV)/install.log 2>&1 \
 		|| { tail -n 30 $(VENV)/install.log; echo "[setup] failed; the whole log: $(VENV)/install.log"; exit 1; }

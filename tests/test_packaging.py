@@ -1,0 +1,167 @@
+"""What gets installed, with and without the compiled library."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import at_fused
+
+ROOT = Path(__file__).resolve().parent.parent
+WITHOUT_BUILDS = shutil.ignore_patterns("*.so", "__pycache__")
+STUB = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A clean copy of what the build reads, with a C++ source that compiles in a moment."""
+    copy = tmp_path / "tree"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "at_fused", copy / "at_fused", ignore=WITHOUT_BUILDS)
+    (copy / "csrc" / "cpu").mkdir(parents=True)
+    (copy / "csrc" / "cpu" / "stub.cpp").write_text(STUB)
+    for folder in ("models", "trainer", "benchmarks", "tests"):  # must stay out of the wheel
+        (copy / folder).mkdir()
+        (copy / folder / "__init__.py").touch()
+    return copy
+
+
+def build_wheel(tree: Path, **variables: str) -> tuple[subprocess.CompletedProcess[str], Path | None]:
+    """Builds without network and returns pip's result and the wheel, if there is one."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AT_FUSED_") and k != "CXX"}
+    shutil.rmtree(tree / "wheels", ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
+    result = subprocess.run(
+        [*command, "--no-index", "-w", "wheels", "."],
+        cwd=tree,
+        env=environment | variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return result, next((tree / "wheels").glob("*.whl"), None)
+
+
+def packaged(wheel: Path) -> set[str]:
+    """The files in a wheel, its own metadata aside."""
+    names = zipfile.ZipFile(wheel).namelist()
+    return {name for name in names if ".dist-info/" not in name}
+
+
+def lines_about_us(output: str) -> list[str]:
+    return re.findall(r"^ *(at_fused: .*)$", output, re.MULTILINE)
+
+
+def test_pure_wheel_holds_the_package_and_nothing_else(tree: Path) -> None:
+    result, wheel = build_wheel(tree, AT_FUSED_NO_EXTENSION="1")
+    assert wheel is not None, result.stdout
+    assert wheel.name == f"at_fused-{at_fused.__version__}-py3-none-any.whl"
+    sources = {path.relative_to(tree).as_posix() for path in (tree / "at_fused").rglob("*.py")}
+    assert packaged(wheel) == sources | {"at_fused/py.typed"}
+    assert len(lines_about_us(result.stdout)) == 1
+
+
+def test_version_is_stated_once() -> None:
+    stated = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("at_fused", "models", "trainer", "benchmarks", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"^__version__\s*=", path.read_text(), re.MULTILINE)
+    ]
+    assert stated == ["at_fused/__init__.py"]
+    assert not re.search(r"^version\s*=\s*\"", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert "version=" not in (ROOT / "setup.py").read_text()
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_wheel_with_the_library_serves_every_python(tree: Path) -> None:
+    result, wheel = build_wheel(tree)
+    assert wheel is not None, result.stdout
+    assert re.fullmatch(rf"at_fused-{re.escape(at_fused.__version__)}-py3-none-(?!any).+\.whl", wheel.name)
+    assert "at_fused/_cpu.so" in packaged(wheel)
+    in_wheel = zipfile.ZipFile(wheel).read("at_fused/_cpu.so")
+    assert b"answer" in in_wheel
+    assert b"PyInit" not in in_wheel
+    assert b"libtorch_python" not in in_wheel
+    assert b"libpython" not in in_wheel
+    # A clone runs from its root, so the library must lie beside the sources too.
+    assert (tree / "at_fused" / "_cpu.so").read_bytes() == in_wheel
+    assert lines_about_us(result.stdout) == []
+
+    # The same tree, now told not to build: what the first build left behind must not slip in.
+    result, wheel = build_wheel(tree, AT_FUSED_NO_EXTENSION="1")
+    assert wheel is not None, result.stdout
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "at_fused/_cpu.so" not in packaged(wheel)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_code_that_does_not_compile_fails_only_on_request(tree: Path) -> None:
+    (tree / "csrc" / "cpu" / "stub.cpp").write_text("int broken( {\n")
+    (tree / "at_fused" / "_cpu.so").write_bytes(b"built from older sources")
+    result, wheel = build_wheel(tree)
+    assert wheel is not None, result.stdout
+    assert wheel.name.endswith("-py3-none-any.whl")
+    (line,) = lines_about_us(result.stdout)
+    assert "AT_FUSED_REQUIRE_EXTENSION=1 pip install -v" in line
+    assert not (tree / "at_fused" / "_cpu.so").exists()
+
+    result, wheel = build_wheel(tree, AT_FUSED_REQUIRE_EXTENSION="1")
+    assert result.returncode != 0
+    assert wheel is None
+
+
+@pytest.mark.slow
+def test_missing_compiler_is_named_in_one_line(tree: Path) -> None:
+    result, wheel = build_wheel(tree, CXX="no-such-compiler")
+    assert wheel is not None, result.stdout
+    assert wheel.name.endswith("-py3-none-any.whl")
+    (line,) = lines_about_us(result.stdout)
+    assert "no-such-compiler" in line
+    assert "install" in line
+
+    result, wheel = build_wheel(tree, CXX="no-such-compiler", AT_FUSED_REQUIRE_EXTENSION="1")
+    assert result.returncode != 0
+    assert wheel is None
+
+
+def test_package_is_typed() -> None:
+    assert (ROOT / "at_fused" / "py.typed").is_file()
+
+
+def test_package_works_without_the_library(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "at_fused", tmp_path / "at_fused", ignore=WITHOUT_BUILDS)
+    program = """
+import pathlib, torch, at_fused
+assert pathlib.Path(at_fused.__file__).parent.parent == pathlib.Path.cwd(), at_fused.__file__
+assert at_fused.available_backends() == ("reference",), at_fused.available_backends()
+feature = torch.randn(2, 3, 4, 4, requires_grad=True)
+at_fused.attention_loss(feature, torch.randn(2, 5, 4, 4)).backward()
+assert feature.grad.abs().sum() > 0
+try:
+    at_fused.attention_loss(feature, feature, backend="cpu")
+except Exception as error:
+    print(error)
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        text=True,
+        capture_output=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "cpu" in result.stdout
+    assert len(result.stdout.splitlines()) == 1
