@@ -117,7 +117,7 @@ def unit(dtype: torch.dtype) -> float:
 
 
 def assert_within(got: Tensor, expected: np.ndarray, size: np.ndarray, dtype: torch.dtype, what: str) -> None:
-    """``|got - expected|``: the accumulator's roundings of ``size``, then one to nearest in the result's dtype."""
+    """``|got - expected|``: the accumulator's roundings of ``size``, then one in the result's dtype."""
     info = torch.finfo(got.dtype)
     allowed = truth.ROUNDINGS * unit(dtype) * (size + np.abs(expected)) + info.eps / 2 * np.abs(expected)
     allowed = allowed + info.tiny * info.eps  # the smallest subnormal: half precision underflows to it
@@ -138,7 +138,7 @@ def check_loss(
     upstream: float = 1.0,
     **options,
 ) -> list[Tensor]:
-    """Value and gradients (student, teacher) of ``attention_loss`` against the truth; returns the gradients."""
+    """Value and gradients of ``attention_loss`` (both sides) against the truth; returns the gradients."""
     channel_dim = options.get("channel_dim", 1)
     canonical = [[exact(x.movedim(channel_dim, 1)) for x in feats] for feats in (s_feats, t_feats)]
     hidden = {"channel_dim", "reduction", "resize"}

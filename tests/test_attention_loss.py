@@ -92,7 +92,7 @@ def test_shapes(shape: tuple[int, ...], mapping: str, backend: str) -> None:
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
 @pytest.mark.parametrize(
     "s_size, t_size",
-    [((4, 4), (8, 8)), ((8, 8), (4, 4)), ((5, 3), (7, 11)), ((9, 4), (3, 6)), ((6, 5), (6, 3)), 
+    [((4, 4), (8, 8)), ((8, 8), (4, 4)), ((5, 3), (7, 11)), ((9, 4), (3, 6)), ((6, 5), (6, 3)),
      ((1, 1), (3, 2)), ((3, 4), (1, 1)), ((7,), (5,)), ((2, 3, 4), (4, 3, 2))],
     ids=str,
 )  # fmt: skip

@@ -3,7 +3,7 @@
 Nothing here imports ``at_fused`` or uses autograd. Features are ``(B, C, *spatial)`` float64 arrays.
 
 Every number comes with its *size*: the error it would have if each intermediate (map, norm, normalised
-map) carried a relative error of 1. With unit roundoff ``e`` a result is then allowed ``ROUNDINGS * e * size``.
+map) carried a relative error of 1. With unit roundoff ``e`` a result may be off by ``ROUNDINGS * e * size``.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def attention_loss(
 def distillation(
     s_logits: Array, t_logits: Array, targets: NDArray[np.int64], temperature: float, alpha: float
 ):
-    """``alpha T^2 KL(teacher || student at T) + (1 - alpha) CE``, batch means; value, gradient at the student."""
+    """``alpha T^2 KL(teacher || student at T) + (1 - alpha) CE``, means; value and student's gradient."""
 
     def log_softmax(z: Array) -> Array:
         z = z - z.max(1, keepdims=True)
