@@ -7,9 +7,8 @@ TORCHVISION ?= torchvision==0.28.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-READY := $(VENV)/.at_fused-ready
+READY := $(VENV)/.at_fused-ready# made by a complete, ordinary install only: anything less is tried again
 CODE := at_fused models trainer train.py benchmarks
-# AT_FUSED_* variables change what is built, so a build under one of them is never taken for an ordinary one.
 INPUTS := pyproject.toml setup.py at_fused/__init__.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
@@ -35,7 +34,7 @@ $(READY): $(INPUTS) | $(BIN)/python
 	@$(PIP) install -v --no-build-isolation -e '.[train,dev]' > $(VENV)/install.log 2>&1 \
 		|| { tail -n 30 $(VENV)/install.log; echo "[setup] failed; the whole log: $(VENV)/install.log"; exit 1; }
 	@sed -n 's/^ *\(at_fused: .*\)/[setup] \1/p' $(VENV)/install.log
-	@touch $@
+	@grep -q 'at_fused: installing without' $(VENV)/install.log || [ -n "$$AT_FUSED_SANITIZE" ] || touch $@
 
 test: setup ## run every test
 	@echo "[test] pytest"
