@@ -1,0 +1,1 @@
+"""Training of image classifiers, alone or as students of a teacher: what `train.py` runs."""

@@ -1,0 +1,294 @@
+"""The configuration of a run: one model, from which the recipe keys and the command-line flags both come."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+import at_fused
+
+NOT_YET = {"dataset": ("imagefolder",), "method": ("hints", "grad-at", "symmetry", "min-l2"), "pretrained": (True,)}
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's: the command line prints its one line and exits with code 2."""
+
+
+class Config(BaseModel):
+    """Every key of a recipe. Defaults are the CIFAR-10 schedule of the paper's authors (section 4.1)."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+    dataset: Literal["digits", "cifar10", "cifar100", "imagefolder"] = "cifar10"
+    """what to train on"""
+    data_dir: Path | None = None
+    """folder that contains the data set's own folder (digits needs none)"""
+    student: str
+    """model to train, such as wrn-16-1"""
+    teacher: str | None = None
+    """model to learn from"""
+    teacher_checkpoint: Path | None = None
+    """the teacher's weights: model.pt or checkpoint.pt of its run"""
+    method: Literal["none", "at", "kd", "at+kd", "hints", "grad-at", "symmetry", "min-l2"] = "none"
+    """how the student learns from the teacher"""
+
+    taps: str | list[str] = "groups"
+    """features compared by AT: groups, blocks, or names of modules in both models"""
+    p: float = Field(2.0, ge=1, allow_inf_nan=False)
+    """exponent of the attention map"""
+    mapping: Literal["sum", "max"] = "sum"
+    """reduction over channels of the attention map"""
+    normalize: Literal["l2", "l1", "none"] = "l2"
+    """normalisation of the attention map"""
+    distance: Literal["mse", "norm"] = "mse"
+    """distance of normalised maps: the authors' mean of squares, or Eq. 2 as printed"""
+    norm_order: float = Field(2.0, ge=1)
+    """order of the norm where distance is norm"""
+    beta: float = Field(1000.0, ge=0, allow_inf_nan=False)
+    """weight of the AT term"""
+    beta_schedule: Literal["constant", "linear", "cosine", "step"] | None = None
+    """decay of beta; unset: linear to 0 for at+kd, constant otherwise"""
+    beta_milestones: list[int] = []
+    """epochs at which beta-schedule step multiplies beta by beta-gamma"""
+    beta_gamma: float = Field(0.1, ge=0, allow_inf_nan=False)
+    """factor of beta-schedule step"""
+    at_start_epoch: int = Field(0, ge=0)
+    """first epoch (counted from 0) with the AT term"""
+    temperature: float = Field(4.0, gt=0, allow_inf_nan=False)
+    """temperature of distillation"""
+    alpha: float = Field(0.9, ge=0, le=1)
+    """weight of the soft targets in distillation"""
+
+    epochs: int = Field(200, ge=1)
+    """passes over the training images"""
+    batch_size: int = Field(128, ge=1)
+    """images per step, over all ranks together"""
+    lr: float = Field(0.1, gt=0, allow_inf_nan=False)
+    """learning rate (of onecycle: the peak)"""
+    lr_schedule: Literal["step", "cosine", "onecycle", "constant"] = "step"
+    """step changes at epochs; cosine and onecycle change at every step"""
+    lr_milestones: list[int] = [60, 120, 160]
+    """epochs at which lr-schedule step multiplies the rate by lr-gamma"""
+    lr_gamma: float = Field(0.2, gt=0, allow_inf_nan=False)
+    """factor of lr-schedule step"""
+    lr_warmup: float = Field(0.3, ge=0, lt=1)
+    """share of onecycle's steps in which the rate rises"""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """momentum of SGD"""
+    nesterov: bool = False
+    """Nesterov's form of momentum"""
+    weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False)
+    """weight decay of SGD, on every parameter"""
+    augment: bool = True
+    """random crops, and flips where the data allow them"""
+
+    seed: int = Field(0, ge=0)
+    """seed of weights, data order and augmentation"""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """autocast dtype"""
+    channels_last: bool = False
+    """memory format of images and activations"""
+    compile: bool = False
+    """compile the models with torch.compile"""
+    deterministic: bool = True
+    """deterministic CUDA kernels (the CPU's are in any case)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one"""
+    backend: str = "auto"
+    """backend of at_fused"""
+    workers: int = Field(0, ge=0)
+    """data-loading processes; the data sets held in memory need none"""
+    threads: int = Field(0, ge=0)
+    """CPU threads per rank; 0 leaves PyTorch's choice"""
+
+    output_dir: Path | None = None
+    """where the run writes"""
+    resume: str = "auto"
+    """auto continues the run in output-dir, never wants an empty one, a path names a checkpoint"""
+    checkpoint_every: int = Field(0, ge=0)
+    """steps between checkpoints; 0: at the end of each epoch"""
+    max_steps: int | None = Field(None, ge=1)
+    """stop after this many steps; schedules still span epochs"""
+    limit_train: int | None = Field(None, ge=1)
+    """train on this many images (stratified, chosen by seed)"""
+    limit_test: int | None = Field(None, ge=1)
+    """test on this many images (stratified, the same for every seed)"""
+    test_batch_size: int = Field(500, ge=1)
+    """images per step of the evaluation, on each rank"""
+
+    freeze_bn: bool = False
+    """BatchNorm stays in eval mode while training"""
+    freeze: list[str] = []
+    """modules whose parameters do not train"""
+    sync_bn: bool = False
+    """BatchNorm statistics over all ranks (CUDA only)"""
+    pretrained: bool = False
+    """start from published weights"""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _unset(cls, value: Any, info: Any) -> Any:
+        """On the command line an optional key is unset with the word null."""
+        return None if value == "null" else value
+
+    @field_validator("lr_milestones", "beta_milestones", "freeze", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+    @field_validator("taps", mode="before")
+    @classmethod
+    def _split_taps(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) and "," in value else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        for key, values in NOT_YET.items():
+            if getattr(self, key) in values:
+                raise ValueError(f"{key} {_flag_text(getattr(self, key))} is not available yet")
+        if self.needs_teacher:
+            for key in ("teacher", "teacher_checkpoint"):
+                if getattr(self, key) is None:
+                    raise ValueError(f"method {self.method} needs {key.replace('_', '-')}")
+        if self.dataset != "digits" and self.data_dir is None:
+            raise ValueError(f"dataset {self.dataset} needs data-dir")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        if self.backend not in ("auto", *at_fused.available_backends()):
+            names = ", ".join(("auto", *at_fused.available_backends()))
+            raise ValueError(f"backend {self.backend} is not available here (there are: {names})")
+        if self.beta_schedule is None:
+            object.__setattr__(self, "beta_schedule", "linear" if self.method == "at+kd" else "constant")
+        if self.beta_schedule == "step" and self.uses_at and not self.beta_milestones:
+            raise ValueError("beta-schedule step needs beta-milestones")
+        return self
+
+    @property
+    def uses_at(self) -> bool:
+        return self.method in ("at", "at+kd")
+
+    @property
+    def uses_kd(self) -> bool:
+        return self.method in ("kd", "at+kd")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.uses_at or self.uses_kd
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; reads back as a recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+# Keys that may change between a run and its continuation: they do not alter what is learned.
+FREE_KEYS = ("data-dir", "output-dir", "resume", "max-steps", "checkpoint-every", "workers", "threads")
+
+
+def differing_keys(old: dict[str, Any], new: Config) -> list[str]:
+    """Keys in which the configuration stored by a run differs from `new`, except those free to change."""
+    current = new.model_dump(mode="json", by_alias=True)
+    return sorted(k for k in old.keys() | current.keys() if k not in FREE_KEYS and old.get(k) != current.get(k))
+
+
+def make_config(values: dict[str, Any]) -> Config:
+    """Validate `values`; a mistake raises ConfigError with one line for all of them."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_line(e, values) for e in error.errors())) from None
+
+
+def load_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Keys of a recipe file, those of its `base` (a path relative to the file) first and its own over them."""
+    path = path.resolve()
+    if path in above:
+        raise ConfigError(f"recipe {path} is its own base")
+    try:
+        own = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if own is None:
+        own = {}
+    if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
+        raise ConfigError(f"recipe {path} must be a mapping of keys to values")
+    base = own.pop("base", None)
+    return own if base is None else load_recipe(path.parent / str(base), (*above, path)) | own
+
+
+def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
+    """Configuration of a command line, and whether it only asks to print it. Flags win over the recipe."""
+    parser = _Parser(prog="train.py", description="Train an image classifier, alone or with a teacher.",
+                     allow_abbrev=False)  # fmt: skip
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="YAML file of the keys below")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    for name, field in Config.model_fields.items():
+        options: dict[str, Any] = {"help": _help(field), "metavar": "VALUE", "default": argparse.SUPPRESS}
+        if field.annotation is bool:
+            options |= {"nargs": "?", "const": "true"}
+        elif "list" in str(field.annotation):
+            options |= {"nargs": "*"}
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **options)
+    arguments = vars(parser.parse_args(argv))
+    recipe, print_config = arguments.pop("recipe"), arguments.pop("print_config")
+    flags = {key.replace("_", "-"): _unlist(key, value) for key, value in arguments.items()}
+    values = load_recipe(recipe) if recipe else {}
+    return make_config({key.replace("_", "-"): value for key, value in values.items()} | flags), print_config
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        unknown = [word for word in message.split() if word.startswith("--")]
+        if "unrecognized" in message and unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
+            message = f"unknown flag {unknown[0]}" + (f" (did you mean {near[0]}?)" if near else "")
+        raise ConfigError(message)
+
+
+def _unlist(key: str, value: Any) -> Any:
+    """Words of a list flag: `--taps groups`, `--taps a b` and `--taps a,b` are all understood."""
+    if not isinstance(value, list):
+        return value
+    words = [part for word in value for part in word.split(",") if part]
+    return words[0] if key == "taps" and len(words) == 1 else words
+
+
+def _help(field: Any) -> str:
+    choices = [str(c) for c in get_args(field.annotation) if isinstance(c, str)]
+    default = "" if field.is_required() or field.default in (None, []) else f"; default {_flag_text(field.default)}"
+    return f"{field.description}{' (' + ', '.join(choices) + ')' if choices else ''}{default}".replace("%", "%%")
+
+
+def _flag_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _line(error: Any, values: dict[str, Any]) -> str:
+    """One pydantic error as `key: what is wrong (got ...)`."""
+    key = str(error["loc"][0]).replace("_", "-") if error["loc"] else ""
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        known = [name.replace("_", "-") for name in Config.model_fields]
+        near = difflib.get_close_matches(key, known, 1)
+        return f"unknown key {key}" + (f" (did you mean {near[0]}?)" if near else "")
+    if error["type"] == "missing":
+        return f"{key} is required"
+    if not key:
+        return message
+    return f"{key}: {message[0].lower() + message[1:]} (got {_flag_text(error['input'])!r})"

@@ -1,0 +1,184 @@
+"""Image sets held whole, as uint8, on the training device; batched augmentation there.
+
+Every random number of an epoch is drawn on the CPU for the whole training set from (seed, epoch), so the batches
+and their augmentation are the same on any device and for any number of ranks, and a resumed run finds them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, H, W, 3) uint8, their labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set and how it is augmented: pixels of reflected padding for random crops, and random flips."""
+
+    train: Split
+    test: Split
+    classes: int
+    mean: Tensor  # (3,) in units of the uint8 pixels
+    std: Tensor
+    pad: int
+    flip: bool
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """Order of one epoch's images and the augmentation of each: every field (N,), by place in the order."""
+
+    order: Tensor
+    down: Tensor  # crop offset in 0..2*pad
+    right: Tensor
+    flip: Tensor
+
+
+def load(config: Config, device: torch.device) -> ImageSet:
+    """The data set of `config` on `device`. Missing or damaged files raise ConfigError naming what is expected."""
+    train, test, classes, mean, std = _load_digits() if config.dataset == "digits" else _load_cifar(config)
+    for key, size in (("limit-train", len(train)), ("limit-test", len(test))):
+        limit = config.limit_train if key == "limit-train" else config.limit_test
+        if limit is not None and limit > size:
+            raise ConfigError(f"{key} {limit} is more than the {size} images of {config.dataset}")
+    train = _subset(train, config.limit_train, config.seed)
+    test = _subset(test, config.limit_test, 0)
+    pad, flip = {"digits": (2, False)}.get(config.dataset, (4, True))
+    return ImageSet(
+        train=train.to(device),
+        test=test.to(device),
+        classes=classes,
+        mean=torch.tensor(mean, device=device),
+        std=torch.tensor(std, device=device),
+        pad=pad if config.augment else 0,
+        flip=flip and config.augment,
+    )
+
+
+def plan_epoch(dataset: ImageSet, seed: int, epoch: int) -> EpochPlan:
+    """Draw the order and the augmentation of one epoch."""
+    images = dataset.train.images
+    size = len(images)
+    draw = _generator(seed, epoch)
+    order = torch.randperm(size, generator=draw)
+    down, right = torch.randint(2 * dataset.pad + 1, (2, size), generator=draw)
+    flip = torch.randint(2, (size,), generator=draw).bool() & dataset.flip
+    return EpochPlan(*(t.to(images.device) for t in (order, down, right, flip)))
+
+
+def training_batch(dataset: ImageSet, plan: EpochPlan, part: slice) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, H, W) fp32, in channels-last memory, and labels (n,) at the places `part` of the epoch."""
+    chosen = plan.order[part]
+    images = augment(dataset.train.images, chosen, plan.down[part], plan.right[part], plan.flip[part], dataset.pad)
+    return normalise(images, dataset.mean, dataset.std), dataset.train.labels[chosen]
+
+
+def test_batch(dataset: ImageSet, part: slice) -> tuple[Tensor, Tensor]:
+    """As `training_batch`, of the test images `part`, without augmentation."""
+    return normalise(dataset.test.images[part], dataset.mean, dataset.std), dataset.test.labels[part]
+
+
+def augment(images: Tensor, chosen: Tensor, down: Tensor, right: Tensor, flip: Tensor, pad: int) -> Tensor:
+    """Pad by reflection, crop back to size at (down, right), mirror where `flip`: one gather for the whole batch.
+
+    `images` (N, H, W, C) uint8; `chosen`, `down`, `right`, `flip` (n,); returns (n, H, W, C) uint8.
+    """
+    height, width = images.shape[1:3]
+    rows = _reflect(down[:, None] + torch.arange(height, device=images.device) - pad, height)
+    columns = torch.arange(width, device=images.device)
+    columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    columns = _reflect(right[:, None] + columns - pad, width)
+    return images[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(n, H, W, C) uint8 to a (n, C, H, W) fp32 view of channels-last memory, (x - mean) / std per channel."""
+    return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+
+def _reflect(position: Tensor, size: int) -> Tensor:
+    """Mirror positions beyond an edge back inside, the edge itself not repeated."""
+    return size - 1 - (size - 1 - position.abs()).abs()
+
+
+def _generator(*key: Any) -> torch.Generator:
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _subset(split: Split, limit: int | None, seed: int) -> Split:
+    """`limit` images, as equally many of each class as there are, chosen at random by `seed`."""
+    if limit is None:
+        return split
+    shuffled = torch.randperm(len(split), generator=_generator("subset", seed))
+    labels = split.labels[shuffled]
+    turn = torch.zeros_like(labels)  # 0 for the first of its class in the shuffled order, 1 for the second, ...
+    for label in labels.unique():
+        mine = labels == label
+        turn[mine] = torch.arange(int(mine.sum()))
+    chosen = shuffled[turn.argsort(stable=True)[:limit]].sort().values
+    return Split(split.images[chosen], split.labels[chosen])
+
+
+def _load_digits() -> tuple[Split, Split, int, list[float], list[float]]:
+    """scikit-learn's 1,797 digits, 8x8 grey levels 0..16, bilinearly enlarged to 16x16 and repeated over 3 channels.
+
+    1,000 images train and 797 test, the same ones always, each class in proportion.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    grey = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
+    grey = torch.nn.functional.interpolate(grey, scale_factor=2, mode="bilinear", align_corners=False)
+    images = grey.round().to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
+    labels = torch.tensor(digits.target, dtype=torch.int64)
+    train, test = train_test_split(
+        torch.arange(len(labels)).numpy(), train_size=1000, stratify=digits.target, random_state=0
+    )
+    return Split(images[train], labels[train]), Split(images[test], labels[test]), 10, [77.8] * 3, [90.4] * 3
+
+
+def _load_cifar(config: Config) -> tuple[Split, Split, int, list[float], list[float]]:
+    """CIFAR-10 or CIFAR-100 as torchvision reads them (files and checksums), with the authors' pixel statistics."""
+    from models import torchvision_compat  # noqa: F401  (makes torchvision importable under a CPU-only torch)
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = CIFAR100 if config.dataset == "cifar100" else CIFAR10
+    root = Path(str(config.data_dir))
+    if root.name == kind.base_folder:
+        root = root.parent
+    folder = root / kind.base_folder
+    files = ", ".join(name for name, _ in (*kind.train_list, *kind.test_list))
+    if not folder.is_dir():
+        raise ConfigError(f"data-dir {root}: no folder {kind.base_folder} (expected there: {files})")
+    try:
+        parts = [kind(str(root), train=train, download=False) for train in (True, False)]
+    except Exception as error:  # torchvision raises RuntimeError, pickle and OSError raise their own
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(f"data-dir {root}: {kind.base_folder} is incomplete or damaged "
+                          f"(expected: {files}; {reason})") from None  # fmt: skip
+    train, test = (Split(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts)
+    if config.dataset == "cifar100":
+        return train, test, 100, [129.3, 124.1, 112.4], [68.2, 65.4, 70.4]
+    return train, test, 10, [125.3, 123.0, 113.9], [63.0, 62.1, 66.7]

@@ -1,0 +1,108 @@
+"""One process or many (torchrun): rank, device, shares of a batch, and agreement on when to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.config import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world`, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, start: int, stop: int) -> slice:
+        """This rank's contiguous part of the range; parts differ by at most one and cover it exactly."""
+        size = stop - start
+        return slice(start + size * self.rank // self.world, start + size * (self.rank + 1) // self.world)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_(self, tensors: list[torch.Tensor]) -> None:
+        """Overwrite `tensors` with those of rank 0."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+
+@contextmanager
+def ranks(config: Config) -> Iterator[Ranks]:
+    """Join the other processes of torchrun, if any: NCCL between GPUs, gloo between CPUs."""
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise ConfigError("device cuda: there is no CUDA device here")
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local >= torch.cuda.device_count():
+        raise ConfigError(f"{local + 1} ranks on this machine, but {torch.cuda.device_count()} CUDA devices")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world == 1:
+        yield Ranks(0, 1, device)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+class StopRequest:
+    """SIGINT and SIGTERM, noted and acted upon between steps; all ranks stop at the same step."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._world = ranks.world
+        self._signal = 0
+        self._agreed = torch.zeros(1, dtype=torch.int32)
+        self._pending: Any = None
+        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._signal = number
+
+    def poll(self) -> int:
+        """Signal that ends the run after this step, or 0; must be called by every rank at every step."""
+        if self._world == 1:
+            return self._signal
+        if self._pending is not None:
+            self._pending.wait()  # begun a step ago: all ranks read the same answer, and none waited for it
+            if int(self._agreed):
+                return int(self._agreed)
+        self._agreed.fill_(self._signal)
+        self._pending = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, async_op=True)
+        return 0
+
+    def close(self) -> None:
+        """Give the signals back to who had them before."""
+        if self._pending is not None:
+            self._pending.wait()
+        for number, handler in self._old.items():
+            signal.signal(number, handler)

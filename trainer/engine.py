@@ -1,0 +1,410 @@
+"""The training loop: set-up, steps, evaluation, and a state from which a killed run continues bit-exactly."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import models
+from trainer import checkpoint, data, distributed, reporting, schedules
+from trainer.config import Config, ConfigError, differing_keys
+from trainer.distributed import Ranks
+from trainer.objectives import Objective, Tapped, describe_pairs, tap_names
+
+ARTEFACTS = ("config.yaml", "checkpoint.pt", "metrics.jsonl", "summary.json", "model.pt", "curves.png")
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SUMS = 6  # of total, CE, AT and KD losses, of wrong answers, of images
+
+
+def train(config: Config) -> int:
+    """Run or continue the training that `config` describes; returns the process's exit code.
+
+    Whatever can be wrong (data, models, checkpoints, the output folder) is found, and raised as ConfigError,
+    before the output folder is touched.
+    """
+    with distributed.ranks(config) as ranks:
+        _set_up_torch(config, ranks)
+        run = Run(config, ranks)
+        if run.finished:
+            run.reporter.say(f"{config.output_dir} holds this run, finished: nothing to do")
+            return 0
+        return run.train()
+
+
+@dataclass
+class Progress:
+    """Where the training stands, beside weights and optimizer: everything else follows from `step`."""
+
+    step: int = 0
+    history: list[reporting.Metrics] = field(default_factory=list)
+    seconds: float = 0.0  # spent in the current epoch so far
+    teacher_error: float | None = None
+
+
+class Run:
+    """One training, from its configuration to its artefacts."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.reporter = reporting.Reporter(ranks.first)
+        self.folder, stored = _output_folder(config)
+        self.dataset = data.load(config, ranks.device)
+        size = len(self.dataset.train)
+        tail = size % config.batch_size
+        if min(config.batch_size, size, tail or size) < ranks.world:
+            raise ConfigError(f"a batch of {min(config.batch_size, size, tail or size)} images (of {size} by "
+                              f"{config.batch_size}) cannot be shared by {ranks.world} ranks")  # fmt: skip
+        self.steps_per_epoch = -(-size // config.batch_size)
+        self.last_step = config.epochs * self.steps_per_epoch
+        if config.max_steps is not None:
+            self.last_step = min(self.last_step, config.max_steps)
+
+        self._create_models()
+        # fused: one kernel over all parameters, and fp16's inf check stays on the device
+        self.optimizer = torch.optim.SGD(
+            [parameter for parameter in self.student.parameters() if parameter.requires_grad],
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
+        self.objective = Objective(config)
+        self.progress = Progress()
+        self.sums = torch.zeros(SUMS, dtype=torch.float64, device=ranks.device)
+        if stored is not None:
+            self._restore(stored)
+        self.finished = (self.folder / "summary.json").exists() and self.progress.step >= self.last_step
+
+    # --- set-up ---------------------------------------------------------------------------------------
+
+    def _create_models(self) -> None:
+        config, device = self.config, self.ranks.device
+        torch.manual_seed(config.seed)
+        self.student = _create(config.student, self.dataset.classes, config)
+        for name in config.freeze:
+            try:
+                self.student.get_submodule(name).requires_grad_(False)
+            except AttributeError:
+                raise ConfigError(f"freeze: {config.student} has no module {name}") from None
+        if not any(parameter.requires_grad for parameter in self.student.parameters()):
+            raise ConfigError(f"freeze leaves no parameter of {config.student} to train")
+        names: tuple[list[str], list[str]] = ([], [])
+        self.teacher: Tapped | None = None
+        if config.needs_teacher:
+            teacher = _create(str(config.teacher), self.dataset.classes, config)
+            checkpoint.load_weights(teacher, Path(str(config.teacher_checkpoint)), str(config.teacher))
+            names = tap_names(config, self.student, teacher) if config.uses_at else names
+            self.teacher = _tapped(teacher.to(device).eval().requires_grad_(False), names[1])
+        tapped = _tapped(self.student.to(device), names[0])
+        self.pairs: list[str] = []
+        if config.uses_at and self.teacher is not None:
+            image, _ = data.test_batch(self.dataset, slice(0, 1))
+            self.pairs = describe_pairs(config, tapped, self.teacher, image, names)
+        if config.sync_bn:
+            if device.type != "cuda":
+                raise ConfigError("sync-bn needs CUDA devices")
+            tapped.model = self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
+        self.forward: nn.Module = tapped
+        if self.ranks.world > 1:
+            # Running statistics are rank 0's, sent around once per evaluation instead of at every step.
+            self.forward = DistributedDataParallel(tapped, broadcast_buffers=False)
+        if config.compile:
+            self.forward.compile()
+            if self.teacher is not None:
+                self.teacher.compile()
+
+    # --- training -------------------------------------------------------------------------------------
+
+    def train(self) -> int:
+        config, progress, reporter = self.config, self.progress, self.reporter
+        if self.ranks.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomically(self.folder / "config.yaml", config.to_yaml().encode())
+        parameters = sum(parameter.numel() for parameter in self.student.parameters())
+        reporter.say(f"{config.student} ({parameters:,} parameters) on {config.dataset}: {len(self.dataset.train)} "
+                     f"training and {len(self.dataset.test)} test images, method {config.method}, seed {config.seed}, "
+                     f"{self.ranks.world} x {self.ranks.device.type}")  # fmt: skip
+        for line in self.pairs:
+            reporter.say(line)
+        if self.teacher is not None:
+            if progress.teacher_error is None:
+                progress.teacher_error = self.evaluate(self.teacher)
+            reporter.say(f"teacher {config.teacher}: test error {progress.teacher_error:.2f} %")
+        if progress.step:
+            reporter.say(f"continuing from step {progress.step} of {self.last_step}")
+            self._write_metrics()  # a line that the checkpoint does not know of belongs to a lost epoch
+        with closing(distributed.StopRequest(self.ranks)) as stop, closing(reporter):
+            reporter.open(self.folder, self.last_step, progress.step)
+            while progress.step < self.last_step:
+                if signal := self._train_epoch(stop):
+                    self._save()
+                    reporter.say(f"stopped by signal {signal} at step {progress.step}; resume auto continues here")
+                    return 128 + signal
+        self._finish(parameters)
+        return 0
+
+    def _train_epoch(self, stop: distributed.StopRequest) -> int:
+        """Train to the end of the current epoch (or `max_steps`) and evaluate; a signal's number if it came."""
+        config, progress = self.config, self.progress
+        epoch, first = divmod(progress.step, self.steps_per_epoch)
+        plan = data.plan_epoch(self.dataset, config.seed, epoch)
+        _train_mode(self.student, config.freeze_bn)
+        begun = time.perf_counter() - progress.seconds
+        for _ in range(first, self.steps_per_epoch):
+            self._train_step(plan)
+            progress.step += 1
+            self.reporter.step(progress.step)
+            signal = stop.poll()
+            due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
+            if signal or (due and progress.step % self.steps_per_epoch):
+                progress.seconds = time.perf_counter() - begun
+                if signal:
+                    return signal
+                self._save()
+            if progress.step == self.last_step:
+                break
+        total, ce, at, kd, wrong, images = self.ranks.sum_(self.sums.clone()).tolist()
+        seconds = time.perf_counter() - begun
+        metrics = {
+            "epoch": epoch + 1,
+            "lr": schedules.learning_rate(config, progress.step - 1, self.steps_per_epoch),
+            "train_loss": total / images,
+            "ce_loss": ce / images,
+            "at_loss": at / images,
+            "kd_loss": kd / images,
+            "train_error": 100 * wrong / images,
+            "test_error": self.evaluate(self.forward),
+            "images_per_second": images / seconds,
+            "seconds": seconds,
+        }
+        self.reporter.epoch(metrics, config.epochs, progress.step)
+        if progress.step % self.steps_per_epoch:  # max-steps fell inside the epoch: keep it open for a continuation
+            progress.seconds = seconds
+            self._save()
+            progress.history.append(metrics)
+        else:
+            progress.history.append(metrics)
+            progress.seconds = 0.0
+            self.sums.zero_()
+            self._save()
+        self._write_metrics()
+        return 0
+
+    def _train_step(self, plan: data.EpochPlan) -> None:
+        """One optimizer step on this rank's share of the global batch; nothing here waits for the device."""
+        config, ranks, step = self.config, self.ranks, self.progress.step
+        start = step % self.steps_per_epoch * config.batch_size
+        stop = min(start + config.batch_size, len(self.dataset.train))
+        images, labels = data.training_batch(self.dataset, plan, ranks.share(start, stop))
+        beta = schedules.beta(config, step, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedules.learning_rate(config, step, self.steps_per_epoch)
+
+        teacher_logits, teacher_features = None, []
+        with self._autocast():
+            if self.teacher is not None and (config.uses_kd or beta > 0):
+                with torch.no_grad():
+                    teacher_logits, teacher_features = self.teacher(self._format(images))
+            logits, features = self.forward(self._format(images))
+            losses = self.objective(logits, features, teacher_logits, teacher_features, labels, beta)
+        # DDP averages gradients over ranks: weighted by its share, each gives the mean over the global batch.
+        share = len(labels) * ranks.world / (stop - start)
+        loss = losses.total if share == 1 else losses.total * share
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+        with torch.no_grad():
+            wrong = (logits.argmax(1) != labels).sum()
+            terms = torch.stack([losses.total, losses.ce, losses.at, losses.kd]).double() * len(labels)
+            self.sums[:4] += terms
+            self.sums[4] += wrong
+            self.sums[5] += len(labels)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> float:
+        """Test error of `model` in percent; every test image counts exactly once over all ranks."""
+        self.ranks.broadcast_(list(self.student.buffers()))
+        model = model.module if isinstance(model, DistributedDataParallel) else model
+        model.eval()
+        share = self.ranks.share(0, len(self.dataset.test))
+        counts = torch.zeros(2, dtype=torch.int64, device=self.ranks.device)  # wrong, seen
+        with self._autocast():
+            for start in range(share.start, share.stop, self.config.test_batch_size):
+                part = slice(start, min(start + self.config.test_batch_size, share.stop))
+                images, labels = data.test_batch(self.dataset, part)
+                logits, _ = model(self._format(images))
+                counts[0] += (logits.argmax(1) != labels).sum()
+                counts[1] += len(labels)
+        wrong, seen = self.ranks.sum_(counts).tolist()
+        return 100 * wrong / seen
+
+    def _autocast(self) -> torch.autocast:
+        dtype = AMP_DTYPES.get(self.config.amp)
+        return torch.autocast(self.ranks.device.type, dtype, enabled=dtype is not None)
+
+    def _format(self, images: Tensor) -> Tensor:
+        return images if self.config.channels_last else images.contiguous()
+
+    # --- state ----------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Write checkpoint.pt: all that the rest of the run depends on."""
+        mine = {"sums": self.sums.cpu(), "rng": _rng_state(self.ranks.device)}
+        states = self.ranks.gather(mine)
+        if self.ranks.first:
+            progress = self.progress
+            checkpoint.save(
+                self.folder / "checkpoint.pt",
+                {
+                    "config": self.config.model_dump(mode="json", by_alias=True),
+                    "model": checkpoint.weights(self.student),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "step": progress.step,
+                    "history": progress.history,
+                    "seconds": progress.seconds,
+                    "teacher_error": progress.teacher_error,
+                    "ranks": states,
+                },
+            )
+
+    def _restore(self, stored: dict[str, Any]) -> None:
+        try:
+            self.student.load_state_dict(stored["model"])
+            self.optimizer.load_state_dict(stored["optimizer"])
+            self.scaler.load_state_dict(stored["scaler"])
+            self.progress = Progress(stored["step"], stored["history"], stored["seconds"], stored["teacher_error"])
+            states = stored["ranks"]
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"the checkpoint to resume from does not fit this run: {error}") from None
+        if len(states) == self.ranks.world:
+            self.sums.copy_(states[self.ranks.rank]["sums"])
+            _set_rng_state(states[self.ranks.rank]["rng"], self.ranks.device)
+        elif self.ranks.first:  # another number of ranks: the totals count, whoever holds them
+            self.sums.copy_(torch.stack([state["sums"] for state in states]).sum(0))
+
+    def _write_metrics(self) -> None:
+        if self.ranks.first:
+            reporting.write_metrics(self.folder, self.progress.history)
+
+    def _finish(self, parameters: int) -> None:
+        """Write the results; summary.json comes last, as the mark of a finished run."""
+        if not self.ranks.first:
+            return
+        config, history = self.config, self.progress.history
+        checkpoint.save(self.folder / "model.pt", checkpoint.weights(self.student))
+        title = f"{config.student} on {config.dataset}, method {config.method}, seed {config.seed}"
+        reporting.write_curves(self.folder, history, title)
+        best = min(metrics["test_error"] for metrics in history)
+        summary = {
+            "last_test_error": history[-1]["test_error"],
+            "best_test_error": best,
+            "teacher_test_error": self.progress.teacher_error,
+            "epochs": len(history),
+            "parameters": parameters,
+            "method": config.method,
+            "seed": config.seed,
+        }
+        reporting.write_summary(self.folder, summary)
+        self.reporter.say(f"test error: last {summary['last_test_error']:.2f} %, best {best:.2f} %; "
+                          f"results in {self.folder}")  # fmt: skip
+
+
+def _set_up_torch(config: Config, ranks: Ranks) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if ranks.device.type == "cuda" and config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs bandwidth
+
+
+def _output_folder(config: Config) -> tuple[Path, dict[str, Any] | None]:
+    """The output folder and the checkpoint to continue from, once both are known to belong to this run."""
+    if config.output_dir is None:
+        raise ConfigError("output-dir is required")
+    folder = config.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output-dir {folder} is not a folder")
+    used = folder.is_dir() and any(folder.iterdir())
+    if config.resume == "never" and used:
+        raise ConfigError(f"output-dir {folder} is not empty, and resume is never")
+    held = [name for name in ARTEFACTS if (folder / name).exists()]
+    if held:
+        _check_same_run(_stored_config(folder), config, f"output-dir {folder}")
+    if config.resume in ("auto", "never"):
+        path = folder / "checkpoint.pt"
+        if not path.exists():
+            return folder, None  # empty, or killed before its first checkpoint
+    else:
+        path = Path(config.resume)
+        path = path / "checkpoint.pt" if path.is_dir() else path
+    stored = checkpoint.load(path)
+    if not isinstance(stored.get("config"), dict):
+        raise ConfigError(f"checkpoint {path} cannot be resumed from: it is not a run's checkpoint.pt")
+    _check_same_run(stored["config"], config, f"checkpoint {path}")
+    return folder, stored
+
+
+def _stored_config(folder: Path) -> dict[str, Any]:
+    try:
+        stored = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise ConfigError(f"output-dir {folder} holds a run without a readable config.yaml: choose another")
+    return stored
+
+
+def _check_same_run(stored: dict[str, Any], config: Config, where: str) -> None:
+    if keys := differing_keys(stored, config):
+        raise ConfigError(f"{where} holds a different run: {', '.join(keys)} differ; choose another output-dir")
+
+
+def _create(name: str, classes: int, config: Config) -> models.TappedModel:
+    try:
+        model = models.create(name, num_classes=classes)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
+
+
+def _tapped(model: nn.Module, names: list[str]) -> Tapped:
+    try:
+        return Tapped(model, names)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"taps: {error}") from None
+
+
+def _train_mode(model: nn.Module, freeze_bn: bool) -> None:
+    model.train()
+    if freeze_bn:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
