@@ -1,0 +1,72 @@
+"""The C++ kernels of csrc/cpu: all pairs in one call, samples shared among PyTorch's threads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import _ops
+
+_LIBRARY = Path(__file__).parent.parent / "_cpu.so"
+_MAX_SPATIAL_DIMS = 8  # as in csrc/cpu/feature.h
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Loads the library once; None when it is there and fits this torch."""
+    if not _LIBRARY.exists():
+        return "its library was not built (install at_fused where torch and a C++ compiler are present)"
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except (OSError, RuntimeError) as error:
+        return f"its library does not load: {str(error).splitlines()[0]}"
+    return None
+
+
+def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:
+    for feat in feats:
+        if feat.device.type != "cpu":
+            return f"it serves CPU tensors, not {feat.device.type}"
+        if feat.ndim > 2 + _MAX_SPATIAL_DIMS:
+            return f"it serves at most {_MAX_SPATIAL_DIMS} spatial dimensions, not {feat.ndim - 2}"
+    return None
+
+
+def attention_maps(feats: Sequence[Tensor], p: float, mapping: str) -> list[Tensor]:
+    maps = [_ops.empty_map(feat) for feat in feats]
+    torch.ops.at_fused_cpu.attention_maps(feats, maps, p, mapping == "max")
+    return maps
+
+
+def attention_maps_backward(
+    feats: Sequence[Tensor], grad_maps: Sequence[Tensor], scale: Tensor | None, p: float, mapping: str
+) -> list[Tensor]:
+    grads = [torch.empty_like(feat) for feat in feats]
+    # Maps are small: a gradient that arrives expanded (from sum()) is made dense here.
+    slopes = [grad_map.contiguous() for grad_map in grad_maps]
+    torch.ops.at_fused_cpu.attention_maps_backward(feats, slopes, scale, grads, p, mapping == "max")
+    return grads
+
+
+def attention_loss(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Sequence[float],
+    p: float,
+    mapping: str,
+    eps: float,
+    reduce: bool,
+    student_slopes: bool,
+    teacher_slopes: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    loss = _ops.empty_loss(students, teachers, reduce)
+    sides = [*(students if student_slopes else ()), *(teachers if teacher_slopes else ())]
+    slopes = [_ops.empty_map(feat) for feat in sides]
+    torch.ops.at_fused_cpu.attention_loss(
+        students, teachers, weights, loss, slopes, p, mapping == "max", eps, student_slopes, teacher_slopes
+    )
+    return loss, slopes

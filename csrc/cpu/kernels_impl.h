@@ -1,0 +1,392 @@
+// One instruction set's kernels; see kernels.h. Included once per instruction set.
+
+#include <cmath>  // before the target: what is inline here must run on any processor
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+#include "kernels.h"
+
+#ifdef AT_FUSED_TARGET
+AT_FUSED_TARGET_BEGIN(AT_FUSED_TARGET)
+#endif
+
+namespace at_fused::AT_FUSED_ISA {
+namespace {  // what several instruction sets share must never be merged by the linker
+
+#include "simd.h"
+
+// --- |x|^p and its derivative |x|^(p-1) sign(x), the factor p left out ---
+
+struct Power1 {
+  static constexpr double p = 1;
+  template <class V>
+  V value(V x) const { return magnitude(x); }
+  template <class V>
+  V slope(V x) const { return sign(x); }
+};
+
+struct Power2 {
+  static constexpr double p = 2;
+  template <class V>
+  V value(V x) const { return x * x; }
+  template <class V>
+  V slope(V x) const { return x; }
+};
+
+struct Power4 {
+  static constexpr double p = 4;
+  template <class V>
+  V value(V x) const { return (x * x) * (x * x); }
+  template <class V>
+  V slope(V x) const { return (x * x) * x; }
+};
+
+struct WholePower {
+  double p;
+  template <class V>
+  V value(V x) const { return power(magnitude(x), static_cast<int>(p)); }
+  template <class V>
+  V slope(V x) const { return power(magnitude(x), static_cast<int>(p) - 1) * sign(x); }
+
+ private:
+  template <class V>
+  static V power(V base, int exponent) {
+    V result = splat<V>(1);
+    for (; exponent; exponent >>= 1, base *= base) {
+      if (exponent & 1) result *= base;
+    }
+    return result;
+  }
+};
+
+struct RealPower {
+  double p;
+  template <class V>
+  V value(V x) const { return power(magnitude(x), p); }
+  template <class V>
+  V slope(V x) const { return power(magnitude(x), p - 1) * sign(x); }
+
+ private:
+  static float power(float x, float exponent) { return ::powf(x, exponent); }
+  static double power(double x, double exponent) { return ::pow(x, exponent); }
+  template <class V>
+  static V power(V x, double exponent) {
+    for (int i = 0; i < lanes<V>; ++i) x[i] = power(x[i], static_cast<typename Traits<V>::Scalar>(exponent));
+    return x;
+  }
+};
+
+// --- how a position's channels are joined ---
+
+template <class Power>
+struct Sum {
+  Power power;
+  template <class V>
+  V value(V x) const { return power.value(x); }
+  template <class V>
+  V finish(V x) const { return x; }
+  template <class S>
+  S operator()(S a, S b) const { return a + b; }
+};
+
+template <class Power>
+struct Max {
+  Power power;
+  template <class V>
+  V value(V x) const { return magnitude(x); }
+  template <class V>
+  V finish(V x) const { return power.value(x); }
+  float operator()(float a, float b) const { return b > a || b != b ? b : a; }
+  double operator()(double a, double b) const { return b > a || b != b ? b : a; }
+  template <class V>
+  V operator()(V a, V b) const { return select((Mask<V>)(b > a) | (Mask<V>)(b != b), b, a); }
+};
+
+// --- map ---
+
+template <int count, class T, class Scalar, class Join>
+void join_channels(const T* x, int64_t channel_stride, int64_t stride, int64_t length, Scalar* map, Join join) {
+  using V = typename Accumulator<T>::V;
+  const auto joined = [&](V so_far, auto read) {
+    V v = join.value(read(x));
+    for (int c = 1; c < count; ++c) v = join(v, join.value(read(x + c * channel_stride)));
+    return join(so_far, v);
+  };
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + lanes<V> <= length; i += lanes<V>) {
+      store(map + i, joined(load(map + i), [&](const T* channel) { return load(channel + i); }));
+    }
+  }
+  for (; i < length; i += lanes<V>) {
+    const int64_t some = length - i < lanes<V> ? length - i : lanes<V>;
+    const V so_far = load_some(map + i, 1, some);
+    store_some(map + i, 1, some, joined(so_far, [&](const T* channel) {
+                 return load_some(channel + i * stride, stride, some);
+               }));
+  }
+}
+
+// Positions side by side in memory (NCHW), or evenly spaced: the map stays in the cache, channels stream past.
+template <class T, class Scalar, class Join>
+void map_over_positions(const T* x, int64_t channels, int64_t channel_stride, int64_t stride, int64_t length,
+                        Scalar* map, Join join) {
+  for (int64_t i = 0; i < length; ++i) map[i] = 0;
+  int64_t c = 0;
+  for (; c + 4 <= channels; c += 4) {
+    join_channels<4>(x + c * channel_stride, channel_stride, stride, length, map, join);
+  }
+  for (; c < channels; ++c) join_channels<1>(x + c * channel_stride, channel_stride, stride, length, map, join);
+}
+
+// Channels side by side in memory (NHWC): one reduction per position.
+template <class T, class Scalar, class Join>
+void map_over_channels(const T* x, int64_t channels, int64_t stride, int64_t length, Scalar* map, Join join) {
+  using V = typename Accumulator<T>::V;
+  for (int64_t i = 0; i < length; ++i, x += stride) {
+    V sum{};
+    int64_t c = 0;
+    for (; c + lanes<V> <= channels; c += lanes<V>) sum = join(sum, join.value(load(x + c)));
+    if (c < channels) sum = join(sum, join.value(load_some(x + c, 1, channels - c)));
+    map[i] = reduce(sum, join);
+  }
+}
+
+template <class Scalar, class Change>
+void change_in_place(Scalar* x, int64_t length, Change change) {
+  using V = typename Accumulator<Scalar>::V;
+  int64_t i = 0;
+  for (; i + lanes<V> <= length; i += lanes<V>) store(x + i, change(load(x + i)));
+  if (i < length) store_some(x + i, 1, length - i, change(load_some(x + i, 1, length - i)));
+}
+
+template <class T, class Scalar, class Join>
+void map_sample(const Feature& feat, int64_t sample, Scalar* map, Join join) {
+  const T* x = static_cast<const T*>(feat.data) + sample * feat.batch_stride;
+  const Rows rows(feat);
+  rows.for_each([&](int64_t position, int64_t offset, int64_t) {
+    if (feat.channel_stride == 1 && feat.channels > 1) {
+      map_over_channels(x + offset, feat.channels, rows.stride_a(), rows.length(), map + position, join);
+    } else {
+      map_over_positions(x + offset, feat.channels, feat.channel_stride, rows.stride_a(), rows.length(),
+                         map + position, join);
+    }
+  });
+  change_in_place(map, feat.positions(), [&](auto v) { return join.finish(v); });
+}
+
+// --- backward ---
+
+template <class T, class Scalar, class Power>
+void backward_over_positions(const T* x, T* grad, int64_t stride, int64_t grad_stride, int64_t length,
+                             const Scalar* slope, Power power) {
+  using V = typename Accumulator<T>::V;
+  int64_t i = 0;
+  if (stride == 1 && grad_stride == 1) {
+    for (; i + lanes<V> <= length; i += lanes<V>) {
+      store(grad + i, load(slope + i) * power.slope(load(x + i)));
+    }
+  }
+  for (; i < length; i += lanes<V>) {
+    const int64_t some = length - i < lanes<V> ? length - i : lanes<V>;
+    const V v = load_some(slope + i, 1, some) * power.slope(load_some(x + i * stride, stride, some));
+    store_some(grad + i * grad_stride, grad_stride, some, v);
+  }
+}
+
+template <class T, class Scalar, class Power>
+void backward_over_channels(const T* x, T* grad, int64_t stride, int64_t grad_stride, int64_t channels,
+                            int64_t length, const Scalar* slope, Power power) {
+  using V = typename Accumulator<T>::V;
+  for (int64_t i = 0; i < length; ++i, x += stride, grad += grad_stride) {
+    const V factor = splat<V>(slope[i]);
+    int64_t c = 0;
+    for (; c + lanes<V> <= channels; c += lanes<V>) store(grad + c, factor * power.slope(load(x + c)));
+    if (c < channels) {
+      store_some(grad + c, 1, channels - c, factor * power.slope(load_some(x + c, 1, channels - c)));
+    }
+  }
+}
+
+template <class T, class Scalar, class Power>
+void backward_sum(const Feature& feat, const Feature& grad, int64_t sample, const Scalar* slope, Scalar*,
+                  Power power) {
+  const T* x = static_cast<const T*>(feat.data) + sample * feat.batch_stride;
+  T* g = static_cast<T*>(grad.data) + sample * grad.batch_stride;
+  const Rows rows(feat, grad);
+  rows.for_each([&](int64_t position, int64_t offset, int64_t grad_offset) {
+    const Scalar* row_slope = slope + position;
+    if (feat.channel_stride == 1 && grad.channel_stride == 1 && feat.channels > 1) {
+      backward_over_channels(x + offset, g + grad_offset, rows.stride_a(), rows.stride_b(), feat.channels,
+                             rows.length(), row_slope, power);
+      return;
+    }
+    for (int64_t c = 0; c < feat.channels; ++c) {
+      backward_over_positions(x + offset + c * feat.channel_stride, g + grad_offset + c * grad.channel_stride,
+                              rows.stride_a(), rows.stride_b(), rows.length(), row_slope, power);
+    }
+  });
+}
+
+// Only the first channel that reaches the maximum receives the gradient.
+template <class T, class Scalar, class Power>
+void backward_max(const Feature& feat, const Feature& grad, int64_t sample, const Scalar* slope, Scalar* scratch,
+                  Power power) {
+  using V = typename Accumulator<T>::V;
+  const T* x = static_cast<const T*>(feat.data) + sample * feat.batch_stride;
+  T* g = static_cast<T*>(grad.data) + sample * grad.batch_stride;
+  Scalar* peak = scratch;
+  map_sample<T>(feat, sample, peak, Max<Power1>{});
+  const Rows rows(feat, grad);
+  rows.for_each([&](int64_t position, int64_t offset, int64_t grad_offset) {
+    for (int64_t i = 0; i < rows.length(); i += lanes<V>) {
+      const int64_t left = rows.length() - i, some = left < lanes<V> ? left : lanes<V>;
+      const V top = load_some(peak + position + i, 1, some), factor = load_some(slope + position + i, 1, some);
+      Mask<V> open = ~Mask<V>{};
+      for (int64_t c = 0; c < feat.channels; ++c) {
+        const V v = load_some(x + offset + c * feat.channel_stride + i * rows.stride_a(), rows.stride_a(), some);
+        const Mask<V> hit = open & ((Mask<V>)(magnitude(v) == top) | (Mask<V>)(v != v));
+        open &= ~hit;
+        store_some(g + grad_offset + c * grad.channel_stride + i * rows.stride_b(), rows.stride_b(), some,
+                   select(hit, factor * power.slope(v), V{}));
+      }
+    }
+  });
+}
+
+// --- distance ---
+
+template <class Scalar>
+Scalar dot(const Scalar* a, const Scalar* b, int64_t length) {
+  using V = typename Accumulator<Scalar>::V;
+  V sum{};
+  int64_t i = 0;
+  for (; i + lanes<V> <= length; i += lanes<V>) sum += load(a + i) * load(b + i);
+  if (i < length) sum += load_some(a + i, 1, length - i) * load_some(b + i, 1, length - i);
+  return reduce(sum, [](Scalar x, Scalar y) { return x + y; });
+}
+
+template <class Scalar>
+double distance_of(Scalar* student, Scalar* teacher, int64_t length, double eps, double weight, bool student_slope,
+                   bool teacher_slope) {
+  const auto normalise = [&](Scalar* map, bool& clamped) {
+    const Scalar norm = std::sqrt(dot(map, map, length)), floor = static_cast<Scalar>(eps);
+    clamped = norm < floor;
+    const Scalar inverse = 1 / (clamped ? floor : norm);
+    change_in_place(map, length, [&](auto v) { return v * inverse; });
+    return inverse;
+  };
+  bool student_clamped, teacher_clamped;
+  const Scalar student_inverse = normalise(student, student_clamped);
+  const Scalar teacher_inverse = normalise(teacher, teacher_clamped);
+
+  // With u, v the normalised maps and d = u - v: d|d|^2/dQ_S = 2 (d - u <u, d>) / |Q_S|, and likewise for v.
+  Scalar squared = 0, along_student = 0, along_teacher = 0;
+  {
+    using V = typename Accumulator<Scalar>::V;
+    V squares{}, students{}, teachers{};
+    const auto add = [&](V u, V v) {
+      const V d = u - v;
+      squares += d * d;
+      students += u * d;
+      teachers += v * d;
+    };
+    int64_t i = 0;
+    for (; i + lanes<V> <= length; i += lanes<V>) add(load(student + i), load(teacher + i));
+    if (i < length) add(load_some(student + i, 1, length - i), load_some(teacher + i, 1, length - i));
+    const auto plus = [](Scalar a, Scalar b) { return a + b; };
+    squared = reduce(squares, plus);
+    along_student = student_clamped ? 0 : reduce(students, plus);  // a clamped norm is a constant
+    along_teacher = teacher_clamped ? 0 : reduce(teachers, plus);
+  }
+  if (student_slope || teacher_slope) {
+    const Scalar student_factor = static_cast<Scalar>(2 * weight) * student_inverse;
+    const Scalar teacher_factor = static_cast<Scalar>(-2 * weight) * teacher_inverse;
+    for (int64_t i = 0; i < length; ++i) {
+      const Scalar u = student[i], v = teacher[i], d = u - v;
+      if (student_slope) student[i] = (d - u * along_student) * student_factor;
+      if (teacher_slope) teacher[i] = (d - v * along_teacher) * teacher_factor;
+    }
+  }
+  return squared;
+}
+
+// --- from run-time types to templates ---
+
+template <class Use>
+void with_power(double p, Use use) {
+  if (p == 1) return use(Power1{});
+  if (p == 2) return use(Power2{});
+  if (p == 4) return use(Power4{});
+  if (p == std::floor(p) && p <= 64) return use(WholePower{p});
+  use(RealPower{p});
+}
+
+template <class Use>
+void with_type(DType dtype, Use use) {
+  switch (dtype) {
+    case DType::f64: return use(double{});
+    case DType::f32: return use(float{});
+    case DType::bf16: return use(Bf16{});
+    case DType::f16: return use(Half{});
+  }
+}
+
+template <class T>
+using ScalarOf = typename Traits<typename Accumulator<T>::V>::Scalar;
+
+void map(const Feature& feat, int64_t sample, Mapping mapping, void* out) {
+  with_type(feat.dtype, [&](auto type) {
+    using T = decltype(type);
+    auto* map = static_cast<ScalarOf<T>*>(out);
+    with_power(mapping.p, [&](auto power) {
+      using Power = decltype(power);
+      if (mapping.max) {
+        map_sample<T>(feat, sample, map, Max<Power>{power});
+      } else {
+        map_sample<T>(feat, sample, map, Sum<Power>{power});
+      }
+    });
+  });
+}
+
+void map_backward(const Feature& feat, const Feature& grad, int64_t sample, Mapping mapping, const void* slope,
+                  double scale, void* scratch) {
+  with_type(feat.dtype, [&](auto type) {
+    using T = decltype(type);
+    using Scalar = ScalarOf<T>;
+    const int64_t positions = feat.positions();
+    auto* scaled = static_cast<Scalar*>(scratch);
+    const auto factor = static_cast<Scalar>(scale * mapping.p);
+    for (int64_t i = 0; i < positions; ++i) scaled[i] = static_cast<const Scalar*>(slope)[i] * factor;
+    with_power(mapping.p, [&](auto power) {
+      if (mapping.max) {
+        backward_max<T>(feat, grad, sample, scaled, scaled + positions, power);
+      } else {
+        backward_sum<T>(feat, grad, sample, scaled, scaled + positions, power);
+      }
+    });
+  });
+}
+
+double distance(void* student, void* teacher, int64_t positions, bool is_double, double eps, double weight,
+                bool student_slope, bool teacher_slope) {
+  const auto of = [&](auto* s, auto* t) {
+    return distance_of(s, t, positions, eps, weight, student_slope, teacher_slope);
+  };
+  return is_double ? of(static_cast<double*>(student), static_cast<double*>(teacher))
+                   : of(static_cast<float*>(student), static_cast<float*>(teacher));
+}
+
+}  // namespace
+
+#define AT_FUSED_STRING_(x) #x
+#define AT_FUSED_STRING(x) AT_FUSED_STRING_(x)
+extern const Kernels table = {AT_FUSED_STRING(AT_FUSED_ISA), map, map_backward, distance};
+
+}  // namespace at_fused::AT_FUSED_ISA
+
+#ifdef AT_FUSED_TARGET
+AT_FUSED_TARGET_END
+#endif

@@ -1,0 +1,204 @@
+// The operators at_fused_cpu::*: outputs are allocated by the caller, all pairs go through one call.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace at_fused {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "at_fused: features must be fp64, fp32, bf16 or fp16");
+  }
+}
+
+Feature feature_of(const Tensor& tensor) {
+  const int spatial_dims = static_cast<int>(tensor.dim()) - 2;
+  STD_TORCH_CHECK(spatial_dims >= 0 && spatial_dims <= max_spatial_dims && tensor.is_cpu(),
+                  "at_fused: features must be CPU tensors (B, C, *spatial) of at most ", max_spatial_dims,
+                  " spatial dimensions");
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  Feature feat{tensor.data_ptr(), dtype_of(tensor), sizes[0], sizes[1], strides[0], strides[1], spatial_dims, {}, {}};
+  for (int i = 0; i < spatial_dims; ++i) {
+    feat.sizes[i] = sizes[2 + i];
+    feat.strides[i] = strides[2 + i];
+  }
+  return feat;
+}
+
+std::vector<Feature> features_of(const std::vector<Tensor>& tensors) {
+  std::vector<Feature> feats;
+  feats.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) feats.push_back(feature_of(tensor));
+  return feats;
+}
+
+int64_t scalar_size(const Feature& feat) { return feat.dtype == DType::f64 ? sizeof(double) : sizeof(float); }
+
+// A sample's row in a contiguous (B, *spatial) map tensor.
+char* map_row(const Tensor& maps, const Feature& feat, int64_t sample) {
+  return static_cast<char*>(maps.data_ptr()) + sample * feat.positions() * scalar_size(feat);
+}
+
+void check_map(const Tensor& maps, const Feature& feat) {
+  const auto type = feat.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(maps.scalar_type() == type && maps.is_contiguous() && maps.is_cpu() &&
+                      maps.numel() == feat.batch * feat.positions(),
+                  "at_fused: maps must be contiguous (B, *spatial) in the accumulation dtype");
+}
+
+double read(const Tensor& values, int64_t index) {
+  return values.scalar_type() == ScalarType::Double ? static_cast<const double*>(values.data_ptr())[index]
+                                                    : static_cast<const float*>(values.data_ptr())[index];
+}
+
+int64_t largest_map(const std::vector<Feature>& feats) {
+  int64_t bytes = 0;
+  for (const Feature& feat : feats) {
+    const int64_t size = feat.positions() * scalar_size(feat);
+    bytes = size > bytes ? size : bytes;
+  }
+  return bytes;
+}
+
+// Calls use(feature index, sample, scratch) for every sample of every feature. Each thread takes its share of
+// every feature's samples: features differ in size, samples of one don't.
+template <class Use>
+void for_each_sample(const std::vector<Feature>& feats, int64_t scratch_bytes, Use use) {
+  constexpr int64_t elements_per_thread = 16384;
+  int64_t elements = 0;
+  for (const Feature& feat : feats) elements += feat.batch * feat.channels * feat.positions();
+  const int64_t most = torch::stable::get_num_threads(), wanted = elements / elements_per_thread;
+  const int64_t shares = wanted < 1 ? 1 : (wanted < most ? wanted : most);
+  const auto work = [&](int64_t first, int64_t last) {
+    const auto scratch = std::make_unique<double[]>((scratch_bytes + 7) / 8);
+    for (int64_t share = first; share < last; ++share) {
+      for (size_t i = 0; i < feats.size(); ++i) {
+        const int64_t end = feats[i].batch * (share + 1) / shares;
+        for (int64_t sample = feats[i].batch * share / shares; sample < end; ++sample) use(i, sample, scratch.get());
+      }
+    }
+  };
+  if (shares == 1) {
+    work(0, 1);
+  } else {
+    torch::stable::parallel_for(0, shares, 1, work);
+  }
+}
+
+void attention_maps(std::vector<Tensor> tensors, std::vector<Tensor> maps, double p, bool max) {
+  const auto feats = features_of(tensors);
+  STD_TORCH_CHECK(maps.size() == feats.size(), "at_fused: one map per feature");
+  for (size_t i = 0; i < feats.size(); ++i) check_map(maps[i], feats[i]);
+  for_each_sample(feats, 0, [&](size_t i, int64_t sample, void*) {
+    kernels().map(feats[i], sample, {p, max}, map_row(maps[i], feats[i], sample));
+  });
+}
+
+void attention_maps_backward(std::vector<Tensor> tensors, std::vector<Tensor> slopes, std::optional<Tensor> scale,
+                             std::vector<Tensor> grads, double p, bool max) {
+  const auto feats = features_of(tensors), outs = features_of(grads);
+  STD_TORCH_CHECK(slopes.size() == feats.size() && outs.size() == feats.size(), "at_fused: one slope per feature");
+  for (size_t i = 0; i < feats.size(); ++i) check_map(slopes[i], feats[i]);
+  std::vector<double> factors(feats.size(), 1.0);
+  if (scale) {
+    for (size_t i = 0; i < feats.size(); ++i) factors[i] = read(*scale, scale->numel() == 1 ? 0 : i);
+  }
+  for_each_sample(feats, 2 * largest_map(feats), [&](size_t i, int64_t sample, void* scratch) {
+    kernels().map_backward(feats[i], outs[i], sample, {p, max}, map_row(slopes[i], feats[i], sample), factors[i],
+                           scratch);
+  });
+}
+
+// `slopes` lists the students' (if asked for), then the teachers' (if asked for); `loss` is () or (n_pairs,).
+void attention_loss(std::vector<Tensor> student_tensors, std::vector<Tensor> teacher_tensors,
+                    std::vector<double> weights, Tensor loss, std::vector<Tensor> slopes, double p, bool max,
+                    double eps, bool student_slopes, bool teacher_slopes) {
+  const auto students = features_of(student_tensors), teachers = features_of(teacher_tensors);
+  const size_t pairs = students.size();
+  STD_TORCH_CHECK(teachers.size() == pairs && weights.size() == pairs &&
+                      slopes.size() == (size_t{student_slopes} + size_t{teacher_slopes}) * pairs,
+                  "at_fused: lists of different lengths");
+  const size_t first_teacher_slope = student_slopes ? pairs : 0;
+  std::vector<std::vector<double>> distances(pairs);
+  std::vector<double> factors(pairs);
+  for (size_t i = 0; i < pairs; ++i) {
+    const Feature &student = students[i], &teacher = teachers[i];
+    STD_TORCH_CHECK(student.batch == teacher.batch && student.positions() == teacher.positions() &&
+                        scalar_size(student) == scalar_size(teacher),
+                    "at_fused: the maps of a pair must have the same shape and dtype");
+    if (student_slopes) check_map(slopes[i], student);
+    if (teacher_slopes) check_map(slopes[first_teacher_slope + i], teacher);
+    const int64_t elements = student.batch * student.positions();
+    factors[i] = elements ? weights[i] / static_cast<double>(elements) : 0;
+    distances[i].resize(student.batch);
+  }
+
+  const int64_t map_bytes = (largest_map(students) + 63) / 64 * 64;
+  for_each_sample(students, 2 * map_bytes, [&](size_t i, int64_t sample, double* scratch) {
+    const Feature &student = students[i], &teacher = teachers[i];
+    char* spare = reinterpret_cast<char*>(scratch);
+    char* student_map = student_slopes ? map_row(slopes[i], student, sample) : spare;
+    char* teacher_map =
+        teacher_slopes ? map_row(slopes[first_teacher_slope + i], teacher, sample) : spare + map_bytes;
+    kernels().map(student, sample, {p, max}, student_map);
+    kernels().map(teacher, sample, {p, max}, teacher_map);
+    distances[i][sample] = kernels().distance(student_map, teacher_map, student.positions(),
+                                              student.dtype == DType::f64, eps, factors[i], student_slopes,
+                                              teacher_slopes);
+  });
+
+  // Summed in the order of the samples, so that the result does not depend on the number of threads.
+  const bool reduce = loss.dim() == 0;
+  double total = 0;
+  for (size_t i = 0; i < pairs; ++i) {
+    double sum = 0;
+    for (double distance : distances[i]) sum += distance;
+    total = (reduce ? total : 0) + sum * factors[i];
+    if (!reduce || i + 1 == pairs) {
+      const size_t index = reduce ? 0 : i;
+      if (loss.scalar_type() == ScalarType::Double) {
+        static_cast<double*>(loss.data_ptr())[index] = total;
+      } else {
+        static_cast<float*>(loss.data_ptr())[index] = static_cast<float>(total);
+      }
+    }
+  }
+}
+
+std::string instruction_set() { return kernels().name; }
+
+}  // namespace
+}  // namespace at_fused
+
+STABLE_TORCH_LIBRARY(at_fused_cpu, library) {
+  library.def("attention_maps(Tensor[] feats, Tensor(a!)[] maps, float p, bool max) -> ()");
+  library.def(
+      "attention_maps_backward(Tensor[] feats, Tensor[] slopes, Tensor? scale, Tensor(a!)[] grads, float p, "
+      "bool max) -> ()");
+  library.def(
+      "attention_loss(Tensor[] students, Tensor[] teachers, float[] weights, Tensor(a!) loss, Tensor(b!)[] slopes, "
+      "float p, bool max, float eps, bool student_slopes, bool teacher_slopes) -> ()");
+  library.def("instruction_set() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(at_fused_cpu, CompositeExplicitAutograd, library) {
+  library.impl("attention_maps", TORCH_BOX(&at_fused::attention_maps));
+  library.impl("attention_maps_backward", TORCH_BOX(&at_fused::attention_maps_backward));
+  library.impl("attention_loss", TORCH_BOX(&at_fused::attention_loss));
+  library.impl("instruction_set", TORCH_BOX(&at_fused::instruction_set));
+}
