@@ -1,0 +1,1 @@
+"""Measurements of at_fused: `python -m benchmarks.run --help`."""
