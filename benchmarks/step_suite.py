@@ -1,4 +1,4 @@
-"""Suite "step": what attention transfer adds to a training step (WRN-16-1 <- WRN-16-2, bf16, channels_last)."""
+"""Suite "step": what attention transfer adds to a training step (WRN-16-1 <- WRN-16-2, bf16, NHWC)."""
 
 from __future__ import annotations
 
