@@ -1,0 +1,89 @@
+"""distillation_loss against its formula: alpha T^2 KL(teacher || student at T) + (1 - alpha) CE."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import truth
+
+import at_fused
+
+
+def logits(batch: int, classes: int, dtype: torch.dtype = torch.float64, scale: float = 3.0, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    s, t = (scale * torch.randn(batch, classes, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = torch.randint(classes, (batch,), generator=generator)
+    return s.to(dtype).requires_grad_(), t.to(dtype), targets
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("batch, classes", [(1, 2), (7, 10), (3, 1000)])
+def test_value_and_gradient(temperature: float, alpha: float, batch: int, classes: int) -> None:
+    s, t, targets = logits(batch, classes)
+    value, grad = truth.distillation(s.detach().numpy(), t.numpy(), targets.numpy(), temperature, alpha)
+    loss = at_fused.distillation_loss(s, t, targets, temperature=temperature, alpha=alpha)
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(value, rel=1e-12, abs=1e-12)
+    loss.backward()
+    np.testing.assert_allclose(s.grad.numpy(), grad, rtol=1e-10, atol=1e-14)
+
+
+def test_defaults_are_the_papers() -> None:
+    s, t, targets = logits(5, 10)
+    value, _ = truth.distillation(s.detach().numpy(), t.numpy(), targets.numpy(), 4.0, 0.9)
+    assert at_fused.distillation_loss(s, t, targets).item() == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_compared_in_fp32(dtype: torch.dtype) -> None:
+    """Logits of +-100 and T = 0.5 overflow exp in fp16; the gradient comes back in the logits' dtype."""
+    s, t, targets = logits(6, 10, dtype=dtype, scale=40.0)
+    exact = s.detach().double().numpy(), t.double().numpy(), targets.numpy()
+    value, grad = truth.distillation(*exact, 0.5, 0.9)
+    loss = at_fused.distillation_loss(s, t, targets, temperature=0.5)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(value, rel=1e-5)
+    loss.backward()
+    assert s.grad.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    # fp32 keeps a softmax at |z| = 100 to about 100 roundings
+    np.testing.assert_allclose(s.grad.double().numpy(), grad, rtol=eps + 1e-4, atol=1e-7)
+
+
+def test_equal_logits_leave_the_cross_entropy() -> None:
+    s, _, targets = logits(5, 10)
+    loss = at_fused.distillation_loss(s, s.detach(), targets)
+    torch.testing.assert_close(loss, 0.1 * torch.nn.functional.cross_entropy(s, targets))
+
+
+def test_shifted_logits_change_nothing() -> None:
+    s, t, targets = logits(5, 10)
+    torch.testing.assert_close(
+        at_fused.distillation_loss(s + 7.0, t - 3.0, targets), at_fused.distillation_loss(s, t, targets)
+    )
+
+
+def test_certain_teacher_gives_no_nan() -> None:
+    """A teacher whose probabilities underflow to 0 contributes 0, not 0 * log 0."""
+    s, t, targets = logits(4, 6, dtype=torch.float32)
+    t = torch.zeros_like(t)
+    t[:, 2] = 1e4
+    loss = at_fused.distillation_loss(s, t, targets)
+    loss.backward()
+    value, _ = truth.distillation(s.detach().double().numpy(), t.double().numpy(), targets.numpy(), 4.0, 0.9)
+    assert loss.item() == pytest.approx(value, rel=1e-5)
+    assert s.grad.isfinite().all()
+
+
+def test_an_empty_batch_gives_zero() -> None:
+    s, t, targets = logits(0, 10)
+    assert at_fused.distillation_loss(s, t, targets).item() == 0.0
+
+
+def test_gradcheck() -> None:
+    s, t, targets = logits(3, 5)
+    loss = lambda s: at_fused.distillation_loss(s, t, targets)  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (s,))
+    assert torch.autograd.gradgradcheck(loss, (s,))

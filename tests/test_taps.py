@@ -1,0 +1,219 @@
+"""FeatureTaps: which features it collects, and what it leaves behind (nothing)."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import at_fused
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x)) + x
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.group1 = nn.Sequential(Block(4), Block(4))
+        self.group2 = nn.Sequential(Block(4), nn.MaxPool2d(2))
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.group2(self.group1(self.stem(x)))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def model() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(2, 3, 10, 10)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()
+    )
+
+
+def by_hand(model: Net, x: Tensor) -> dict[str, Tensor]:
+    stem = model.stem(x)
+    first = model.group1[0](stem)
+    group1 = model.group1[1](first)
+    return {"stem": stem, "group1.0": first, "group1": group1, "group2.0.conv": model.group2[0].conv(group1)}
+
+
+@pytest.mark.parametrize(
+    "names", [["stem", "group1"], ["group1", "stem"], ["group2.0.conv", "group1.0", "stem"]]
+)
+def test_features_come_in_the_order_of_names(names: list[str], model: Net, x: Tensor) -> None:
+    expected = by_hand(model, x)
+    with at_fused.FeatureTaps(model, names) as taps:
+        logits = model(x)
+        features = taps.features
+    assert isinstance(features, list)
+    assert all(torch.equal(f, expected[name]) for f, name in zip(features, names, strict=True))
+    assert torch.equal(logits, model(x)), "tapping changes nothing"
+
+
+def test_features_carry_the_graph(model: Net, x: Tensor) -> None:
+    with at_fused.FeatureTaps(model, ["group1"]) as taps:
+        model(x)
+        (feature,) = taps.features
+        at_fused.attention_loss(feature, torch.rand_like(feature)).backward()
+    assert torch.count_nonzero(model.stem.weight.grad) > 0
+    assert model.head.weight.grad is None, "the tap is before the head"
+
+
+def test_no_grad_features_have_no_graph(model: Net, x: Tensor) -> None:
+    with at_fused.FeatureTaps(model, ["group1"]) as taps, torch.no_grad():
+        model(x)
+        assert not taps.features[0].requires_grad
+
+
+def test_features_are_those_of_the_last_call(model: Net, x: Tensor) -> None:
+    with at_fused.FeatureTaps(model, ["stem", "group1"]) as taps:
+        for batch in (x, 2 * x, x[:1]):
+            model(batch)
+            assert len(taps.features) == 2
+            assert torch.equal(taps.features[0], model.stem(batch))
+
+
+def test_a_module_called_twice_in_one_pass_keeps_its_last_output(model: Net, x: Tensor) -> None:
+    shared = nn.Sequential(model.stem, model.group1[0], model.group1[0])
+    with at_fused.FeatureTaps(shared, ["1"]) as taps:
+        out = shared(x)
+        assert len(taps.features) == 1
+        assert torch.equal(taps.features[0], out)
+
+
+def test_a_shared_module_has_every_one_of_its_names(model: Net, x: Tensor) -> None:
+    shared = nn.Sequential(model.stem, model.group1[0], model.group1[0])
+    with at_fused.FeatureTaps(shared, ["2", "0"]) as taps:
+        out = shared(x)
+        assert torch.equal(taps.features[0], out)
+
+
+def test_two_taps_at_once(model: Net, x: Tensor) -> None:
+    """Student and teacher may even be one model."""
+    with at_fused.FeatureTaps(model, ["stem"]) as one, at_fused.FeatureTaps(model, ["group1", "stem"]) as two:
+        model(x)
+        assert torch.equal(one.features[0], two.features[1])
+    assert hooks(model) == 0
+
+
+def test_unknown_name_lists_close_ones(model: Net) -> None:
+    with pytest.raises(ValueError, match=r"group3.*group[12]"):
+        at_fused.FeatureTaps(model, ["stem", "group3"])
+    with pytest.raises(ValueError, match=r"group1\.0\.cnov.*group1\.0\.conv"):
+        at_fused.FeatureTaps(model, ["group1.0.cnov"])
+    with pytest.raises(ValueError, match=r"zzz.*stem"):
+        at_fused.FeatureTaps(model, ["zzz"])
+    assert hooks(model) == 0, "a refused tap leaves no hook"
+
+
+def test_wrong_names(model: Net) -> None:
+    with pytest.raises(TypeError, match="stem"):
+        at_fused.FeatureTaps(model, "stem")
+    with pytest.raises(ValueError, match="stem"):
+        at_fused.FeatureTaps(model, ["stem", "stem"])
+    assert hooks(model) == 0
+
+
+def test_reading_before_a_forward_pass(model: Net) -> None:
+    with at_fused.FeatureTaps(model, ["stem"]) as taps, pytest.raises(RuntimeError, match="stem"):
+        _ = taps.features
+
+
+def test_a_module_that_was_not_reached(x: Tensor, model: Net) -> None:
+    with at_fused.FeatureTaps(model, ["stem", "head"]) as taps:
+        model.stem(x)
+        with pytest.raises(RuntimeError, match="head"):
+            _ = taps.features
+
+
+def test_an_output_that_is_no_tensor() -> None:
+    model = nn.Sequential(nn.LSTM(3, 4))
+    with at_fused.FeatureTaps(model, ["0"]), pytest.raises(TypeError, match=r"'0'.*tuple"):
+        model(torch.randn(2, 1, 3))
+
+
+def test_hooks_go_away(model: Net, x: Tensor) -> None:
+    with at_fused.FeatureTaps(model, ["stem", "group1"]):
+        assert hooks(model) == 2
+        model(x)
+    assert hooks(model) == 0
+
+
+def interrupted(model: Net, x: Tensor) -> None:
+    with at_fused.FeatureTaps(model, ["stem", "group1"]):
+        model(x)
+        raise KeyError("the step failed")
+
+
+def test_hooks_go_away_after_an_exception(model: Net, x: Tensor) -> None:
+    with pytest.raises(KeyError, match="the step failed"):
+        interrupted(model, x)
+    assert hooks(model) == 0
+
+
+def test_nothing_is_kept_alive(model: Net, x: Tensor) -> None:
+    with at_fused.FeatureTaps(model, ["group1"]) as taps:
+        model(x)
+        old = weakref.ref(taps.features[0])
+        model(x)
+        gc.collect()
+        assert old() is None, "the last step's features are freed"
+        last = weakref.ref(taps.features[0])
+    gc.collect()
+    assert last() is None, "features do not outlive the block"
+
+
+def test_taps_keep_no_model_alive(x: Tensor) -> None:
+    model = Net()
+    taps = at_fused.FeatureTaps(model, ["stem"])
+    with taps:
+        model(x)
+    watched = weakref.ref(model)
+    del model
+    gc.collect()
+    assert watched() is None
+
+
+def test_train_and_eval_mode_are_left_alone(model: Net, x: Tensor) -> None:
+    model.eval()
+    with at_fused.FeatureTaps(model, ["stem"]):
+        model(x)
+        assert not model.training
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_model(fullgraph: bool, model: Net, x: Tensor) -> None:
+    """Tap the original module before compiling it: the hooks are traced with it."""
+    torch.compiler.reset()
+    expected = by_hand(model, x)["group1"]
+    with at_fused.FeatureTaps(model, ["group1"]) as taps:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+        for _ in range(2):
+            compiled(x)
+            torch.testing.assert_close(taps.features[0], expected)
+        loss = at_fused.attention_loss(taps.features, [torch.rand_like(expected)])
+        loss.backward()
+    assert torch.count_nonzero(model.stem.weight.grad) > 0
