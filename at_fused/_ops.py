@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+from ._outputs import empty_loss, empty_map
 
 _library = torch.library.Library("at_fused", "DEF")
 _library.define("attention_maps(Tensor[] feats, float p, str mapping, str backend) -> Tensor[]")
@@ -30,10 +31,9 @@ _loss_op = torch.ops.at_fused.attention_loss.default
 
 
 def _backend(name: str) -> Any:
-    module = backends.load(name)
-    if module is None:
+    if name not in backends.modules:
         raise backends.BackendError(f"no fused backend named {name!r}")
-    return module
+    return backends.modules[name]
 
 
 def _attention_maps(feats: list[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
@@ -49,8 +49,7 @@ def _attention_maps_backward(
 def _attention_loss(
     students: list[Tensor], teachers: list[Tensor], weights: list[float], *options: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    *options, backend = options
-    return _backend(backend).attention_loss(students, teachers, weights, *options)
+    return _backend(options[-1]).attention_loss(students, teachers, weights, *options[:-1])
 
 
 _library.impl("attention_maps", _attention_maps, "CompositeExplicitAutograd")
@@ -59,24 +58,6 @@ _library.impl("attention_loss", _attention_loss, "CompositeExplicitAutograd")
 
 
 # --- shapes -----------------------------------------------------------------------------------------
-
-
-def empty_map(feat: Tensor) -> Tensor:
-    """Uninitialised raw map of `feat` (B, C, *spatial): contiguous (B, *spatial), accumulation dtype."""
-    shape = (feat.shape[0], *feat.shape[2:])
-    return torch.empty(shape, dtype=reference.accumulation_dtype(feat.dtype), device=feat.device)
-
-
-def pair_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """The dtype in which a pair's maps are compared: fp64 as soon as one side is."""
-    return reference.accumulation_dtype(torch.promote_types(student.dtype, teacher.dtype))
-
-
-def empty_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], reduce: bool) -> Tensor:
-    """Uninitialised loss: () or (n_pairs,), fp64 if any pair is, else fp32."""
-    dtypes = [pair_dtype(s, t) for s, t in zip(students, teachers, strict=True)]
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    return torch.empty(() if reduce else (len(dtypes),), dtype=dtype, device=students[0].device)
 
 
 @torch.library.register_fake("at_fused::attention_maps", lib=_library)

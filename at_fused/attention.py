@@ -123,11 +123,14 @@ def attention_loss(
     students, teachers = _check_pairs(s_feats, t_feats, channel_dim, resize)
     factors = _check_weights(weights, len(students))
     reduce = reduction == "sum"
-    same_sizes = all(s.shape[2:] == t.shape[2:] for s, t in zip(students, teachers, strict=True))
+    comparable = all(
+        s.shape[2:] == t.shape[2:] and (s.dtype == torch.float64) == (t.dtype == torch.float64)
+        for s, t in zip(students, teachers, strict=True)
+    )
 
     feats = (*students, *teachers)
     backend = backends.select(backend, feats, p, mapping)
-    if backend != "reference" and normalize == "l2" and distance == "mse" and same_sizes:
+    if backend != "reference" and normalize == "l2" and distance == "mse" and comparable:
         loss, _ = torch.ops.at_fused.attention_loss(
             students, teachers, factors, float(p), mapping, float(eps), reduce, False, False, backend
         )
@@ -224,7 +227,7 @@ def _maps(feats: Sequence[Tensor], p: float, mapping: str, backend: str) -> list
 def _check_number(name: str, value: float, *, at_least: float, finite: bool = True) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    if not value >= at_least or (finite and math.isinf(value)):
+    if not value >= at_least or (finite and value == math.inf):
         raise ValueError(f"{name} must be {'a finite number ' if finite else ''}>= {at_least}, got {value}")
 
 

@@ -20,7 +20,6 @@ A name listed here whose file does not exist yet is simply unavailable.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
@@ -36,26 +35,22 @@ class BackendError(ValueError, RuntimeError):
     """A backend was named that can't serve the call: a bad argument because of the machine or the inputs."""
 
 
-@functools.cache
-def load(name: str) -> ModuleType | None:
-    """The module of a fused backend; None when this version has none of that name."""
-    qualified = f"{__name__}.{name}"
-    return importlib.import_module(qualified) if importlib.util.find_spec(qualified) else None
+# Settled at import, in plain containers, which torch.compile can look into.
+modules: dict[str, ModuleType] = {
+    name: importlib.import_module(f"{__name__}.{name}")
+    for name in FUSED
+    if importlib.util.find_spec(f"{__name__}.{name}")
+}
+_unavailable: dict[str, str | None] = {
+    name: modules[name].unavailable() if name in modules else "this version of at_fused has no such backend"
+    for name in FUSED
+}
+_available = tuple(name for name in NAMES if _unavailable.get(name) is None)
 
 
-@functools.cache
-def why_unavailable(name: str) -> str | None:
-    """Why the backend can't run on this machine; None when it can."""
-    if name == "reference":
-        return None
-    module = load(name)
-    return "this version of at_fused has no such backend" if module is None else module.unavailable()
-
-
-@functools.cache
 def available_backends() -> tuple[str, ...]:
     """The backends that can run on this machine, best first; "reference" is always there."""
-    return tuple(name for name in NAMES if why_unavailable(name) is None)
+    return _available
 
 
 def select(backend: str, feats: Sequence[Tensor], p: float, mapping: str) -> str:
@@ -64,18 +59,12 @@ def select(backend: str, feats: Sequence[Tensor], p: float, mapping: str) -> str
     Raises:
         BackendError: the named backend is unavailable or can't serve these features.
     """
-    if backend == "auto":
-        for name in available_backends():
-            if name == "reference" or _unsupported(name, feats, p, mapping) is None:
-                return name
-    reason = why_unavailable(backend)
-    if reason is None and backend != "reference":
-        reason = _unsupported(backend, feats, p, mapping)
-    if reason is not None:
-        raise BackendError(f"backend {backend!r} can't be used here: {reason}")
-    return backend
-
-
-def _unsupported(name: str, feats: Sequence[Tensor], p: float, mapping: str) -> str | None:
-    module = load(name)
-    return "no such backend" if module is None else module.unsupported(feats, p, mapping)
+    for name in _available if backend == "auto" else (backend,):
+        if name == "reference":
+            return name
+        reason = _unavailable[name] or modules[name].unsupported(feats, p, mapping)
+        if reason is None:
+            return name
+        if backend != "auto":
+            raise BackendError(f"backend {backend!r} can't be used here: {reason}")
+    return "reference"

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .. import _ops
+from .._outputs import empty_loss, empty_map
 
 _LIBRARY = Path(__file__).parent.parent / "_cpu.so"
 _MAX_SPATIAL_DIMS = 8  # as in csrc/cpu/feature.h
 
 
-@functools.cache
 def unavailable() -> str | None:
-    """Loads the library once; None when it is there and fits this torch."""
+    """Loads the library; None when it is there and fits this torch."""
     if not _LIBRARY.exists():
         return "its library was not built (install at_fused where torch and a C++ compiler are present)"
     try:
@@ -37,7 +35,7 @@ def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:
 
 
 def attention_maps(feats: Sequence[Tensor], p: float, mapping: str) -> list[Tensor]:
-    maps = [_ops.empty_map(feat) for feat in feats]
+    maps = [empty_map(feat) for feat in feats]
     torch.ops.at_fused_cpu.attention_maps(feats, maps, p, mapping == "max")
     return maps
 
@@ -63,9 +61,9 @@ def attention_loss(
     student_slopes: bool,
     teacher_slopes: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    loss = _ops.empty_loss(students, teachers, reduce)
+    loss = empty_loss(students, teachers, reduce)
     sides = [*(students if student_slopes else ()), *(teachers if teacher_slopes else ())]
-    slopes = [_ops.empty_map(feat) for feat in sides]
+    slopes = [empty_map(feat) for feat in sides]
     torch.ops.at_fused_cpu.attention_loss(
         students, teachers, weights, loss, slopes, p, mapping == "max", eps, student_slopes, teacher_slopes
     )

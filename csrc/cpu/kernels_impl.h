@@ -3,6 +3,11 @@
 #include <cmath>  // before the target: what is inline here must run on any processor
 #include <cstdint>
 #include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "isa.h"
 #include "kernels.h"
@@ -86,8 +91,8 @@ struct Sum {
   V value(V x) const { return power.value(x); }
   template <class V>
   V finish(V x) const { return x; }
-  template <class S>
-  S operator()(S a, S b) const { return a + b; }
+  template <class V>
+  V operator()(V a, V b) const { return a + b; }
 };
 
 template <class Power>
@@ -97,8 +102,6 @@ struct Max {
   V value(V x) const { return magnitude(x); }
   template <class V>
   V finish(V x) const { return power.value(x); }
-  float operator()(float a, float b) const { return b > a || b != b ? b : a; }
-  double operator()(double a, double b) const { return b > a || b != b ? b : a; }
   template <class V>
   V operator()(V a, V b) const { return select((Mask<V>)(b > a) | (Mask<V>)(b != b), b, a); }
 };
@@ -108,23 +111,27 @@ struct Max {
 template <int count, class T, class Scalar, class Join>
 void join_channels(const T* x, int64_t channel_stride, int64_t stride, int64_t length, Scalar* map, Join join) {
   using V = typename Accumulator<T>::V;
-  const auto joined = [&](V so_far, auto read) {
+  const auto joined = [&](auto read) {
     V v = join.value(read(x));
     for (int c = 1; c < count; ++c) v = join(v, join.value(read(x + c * channel_stride)));
-    return join(so_far, v);
+    return v;
   };
   int64_t i = 0;
-  if (stride == 1) {
+  if (stride == 1 && length >= lanes<V>) {
     for (; i + lanes<V> <= length; i += lanes<V>) {
-      store(map + i, joined(load(map + i), [&](const T* channel) { return load(channel + i); }));
+      store(map + i, join(load(map + i), joined([&](const T* channel) { return load(channel + i); })));
     }
+    if (i < length) {  // a whole vector again, of which only the new lanes count: 0 is neutral to every join
+      const int64_t end = length - lanes<V>;
+      const V v = joined([&](const T* channel) { return load(channel + end); });
+      store(map + end, join(load(map + end), (V)((Mask<V>)v & last_lanes<V>(length - i))));
+    }
+    return;
   }
   for (; i < length; i += lanes<V>) {
     const int64_t some = length - i < lanes<V> ? length - i : lanes<V>;
-    const V so_far = load_some(map + i, 1, some);
-    store_some(map + i, 1, some, joined(so_far, [&](const T* channel) {
-                 return load_some(channel + i * stride, stride, some);
-               }));
+    const V v = joined([&](const T* channel) { return load_some(channel + i * stride, stride, some); });
+    store_some(map + i, 1, some, join(load_some(map + i, 1, some), v));
   }
 }
 
@@ -140,17 +147,24 @@ void map_over_positions(const T* x, int64_t channels, int64_t channel_stride, in
   for (; c < channels; ++c) join_channels<1>(x + c * channel_stride, channel_stride, stride, length, map, join);
 }
 
-// Channels side by side in memory (NHWC): one reduction per position.
+// Channels side by side in memory (NHWC): as many positions at once as a vector has lanes.
 template <class T, class Scalar, class Join>
 void map_over_channels(const T* x, int64_t channels, int64_t stride, int64_t length, Scalar* map, Join join) {
   using V = typename Accumulator<T>::V;
-  for (int64_t i = 0; i < length; ++i, x += stride) {
+  const auto position = [&](const T* row) {
     V sum{};
     int64_t c = 0;
-    for (; c + lanes<V> <= channels; c += lanes<V>) sum = join(sum, join.value(load(x + c)));
-    if (c < channels) sum = join(sum, join.value(load_some(x + c, 1, channels - c)));
-    map[i] = reduce(sum, join);
+    for (; c + lanes<V> <= channels; c += lanes<V>) sum = join(sum, join.value(load(row + c)));
+    if (c < channels) sum = join(sum, join.value(load_some(row + c, 1, channels - c)));
+    return sum;
+  };
+  V sums[lanes<V>];
+  int64_t i = 0;
+  for (; i + lanes<V> <= length; i += lanes<V>, x += lanes<V> * stride) {
+    for (int j = 0; j < lanes<V>; ++j) sums[j] = position(x + j * stride);
+    store(map + i, reduce_all(sums, join));
   }
+  for (; i < length; ++i, x += stride) map[i] = reduce(position(x), join);
 }
 
 template <class Scalar, class Change>
@@ -182,13 +196,14 @@ template <class T, class Scalar, class Power>
 void backward_over_positions(const T* x, T* grad, int64_t stride, int64_t grad_stride, int64_t length,
                              const Scalar* slope, Power power) {
   using V = typename Accumulator<T>::V;
-  int64_t i = 0;
-  if (stride == 1 && grad_stride == 1) {
-    for (; i + lanes<V> <= length; i += lanes<V>) {
-      store(grad + i, load(slope + i) * power.slope(load(x + i)));
-    }
+  if (stride == 1 && grad_stride == 1 && length >= lanes<V>) {
+    const auto at = [&](int64_t i) { store(grad + i, load(slope + i) * power.slope(load(x + i))); };
+    int64_t i = 0;
+    for (; i + lanes<V> <= length; i += lanes<V>) at(i);
+    if (i < length) at(length - lanes<V>);  // the last lanes once more, with the same result
+    return;
   }
-  for (; i < length; i += lanes<V>) {
+  for (int64_t i = 0; i < length; i += lanes<V>) {
     const int64_t some = length - i < lanes<V> ? length - i : lanes<V>;
     const V v = load_some(slope + i, 1, some) * power.slope(load_some(x + i * stride, stride, some));
     store_some(grad + i * grad_stride, grad_stride, some, v);
@@ -264,7 +279,7 @@ Scalar dot(const Scalar* a, const Scalar* b, int64_t length) {
   int64_t i = 0;
   for (; i + lanes<V> <= length; i += lanes<V>) sum += load(a + i) * load(b + i);
   if (i < length) sum += load_some(a + i, 1, length - i) * load_some(b + i, 1, length - i);
-  return reduce(sum, [](Scalar x, Scalar y) { return x + y; });
+  return reduce(sum, [](V x, V y) { return x + y; });
 }
 
 template <class Scalar>
@@ -295,7 +310,7 @@ double distance_of(Scalar* student, Scalar* teacher, int64_t length, double eps,
     int64_t i = 0;
     for (; i + lanes<V> <= length; i += lanes<V>) add(load(student + i), load(teacher + i));
     if (i < length) add(load_some(student + i, 1, length - i), load_some(teacher + i, 1, length - i));
-    const auto plus = [](Scalar a, Scalar b) { return a + b; };
+    const auto plus = [](V a, V b) { return a + b; };
     squared = reduce(squares, plus);
     along_student = student_clamped ? 0 : reduce(students, plus);  // a clamped norm is a constant
     along_teacher = teacher_clamped ? 0 : reduce(teachers, plus);
