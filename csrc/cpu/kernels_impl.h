@@ -90,18 +90,12 @@ struct Sum {
   template <class V>
   V value(V x) const { return power.value(x); }
   template <class V>
-  V finish(V x) const { return x; }
-  template <class V>
   V operator()(V a, V b) const { return a + b; }
 };
 
-template <class Power>
 struct Max {
-  Power power;
   template <class V>
   V value(V x) const { return magnitude(x); }
-  template <class V>
-  V finish(V x) const { return power.value(x); }
   template <class V>
   V operator()(V a, V b) const { return select((Mask<V>)(b > a) | (Mask<V>)(b != b), b, a); }
 };
@@ -175,6 +169,16 @@ void change_in_place(Scalar* x, int64_t length, Change change) {
   if (i < length) store_some(x + i, 1, length - i, change(load_some(x + i, 1, length - i)));
 }
 
+// x *= change(y)
+template <class Scalar, class Change>
+void multiply_in_place(Scalar* x, const Scalar* y, int64_t length, Change change) {
+  using V = typename Accumulator<Scalar>::V;
+  for (int64_t i = 0; i < length; i += lanes<V>) {
+    const int64_t some = length - i < lanes<V> ? length - i : lanes<V>;
+    store_some(x + i, 1, some, load_some(x + i, 1, some) * change(load_some(y + i, 1, some)));
+  }
+}
+
 template <class T, class Scalar, class Join>
 void map_sample(const Feature& feat, int64_t sample, Scalar* map, Join join) {
   const T* x = static_cast<const T*>(feat.data) + sample * feat.batch_stride;
@@ -187,7 +191,6 @@ void map_sample(const Feature& feat, int64_t sample, Scalar* map, Join join) {
                          map + position, join);
     }
   });
-  change_in_place(map, feat.positions(), [&](auto v) { return join.finish(v); });
 }
 
 // --- backward ---
@@ -225,8 +228,7 @@ void backward_over_channels(const T* x, T* grad, int64_t stride, int64_t grad_st
 }
 
 template <class T, class Scalar, class Power>
-void backward_sum(const Feature& feat, const Feature& grad, int64_t sample, const Scalar* slope, Scalar*,
-                  Power power) {
+void backward_sum(const Feature& feat, const Feature& grad, int64_t sample, const Scalar* slope, Power power) {
   const T* x = static_cast<const T*>(feat.data) + sample * feat.batch_stride;
   T* g = static_cast<T*>(grad.data) + sample * grad.batch_stride;
   const Rows rows(feat, grad);
@@ -244,15 +246,13 @@ void backward_sum(const Feature& feat, const Feature& grad, int64_t sample, cons
   });
 }
 
-// Only the first channel that reaches the maximum receives the gradient.
-template <class T, class Scalar, class Power>
-void backward_max(const Feature& feat, const Feature& grad, int64_t sample, const Scalar* slope, Scalar* scratch,
-                  Power power) {
+// Only the first channel that reaches the maximum `peak` receives the gradient: `slope` times its sign.
+template <class T, class Scalar>
+void backward_max(const Feature& feat, const Feature& grad, int64_t sample, const Scalar* slope,
+                  const Scalar* peak) {
   using V = typename Accumulator<T>::V;
   const T* x = static_cast<const T*>(feat.data) + sample * feat.batch_stride;
   T* g = static_cast<T*>(grad.data) + sample * grad.batch_stride;
-  Scalar* peak = scratch;
-  map_sample<T>(feat, sample, peak, Max<Power1>{});
   const Rows rows(feat, grad);
   rows.for_each([&](int64_t position, int64_t offset, int64_t grad_offset) {
     for (int64_t i = 0; i < rows.length(); i += lanes<V>) {
@@ -264,7 +264,7 @@ void backward_max(const Feature& feat, const Feature& grad, int64_t sample, cons
         const Mask<V> hit = open & ((Mask<V>)(magnitude(v) == top) | (Mask<V>)(v != v));
         open &= ~hit;
         store_some(g + grad_offset + c * grad.channel_stride + i * rows.stride_b(), rows.stride_b(), some,
-                   select(hit, factor * power.slope(v), V{}));
+                   select(hit, factor * sign(v), V{}));
       }
     }
   });
@@ -355,12 +355,12 @@ void map(const Feature& feat, int64_t sample, Mapping mapping, void* out) {
   with_type(feat.dtype, [&](auto type) {
     using T = decltype(type);
     auto* map = static_cast<ScalarOf<T>*>(out);
+    if (mapping.max) map_sample<T>(feat, sample, map, Max{});
     with_power(mapping.p, [&](auto power) {
-      using Power = decltype(power);
       if (mapping.max) {
-        map_sample<T>(feat, sample, map, Max<Power>{power});
+        change_in_place(map, feat.positions(), [&](auto v) { return power.value(v); });
       } else {
-        map_sample<T>(feat, sample, map, Sum<Power>{power});
+        map_sample<T>(feat, sample, map, Sum<decltype(power)>{power});
       }
     });
   });
@@ -372,16 +372,15 @@ void map_backward(const Feature& feat, const Feature& grad, int64_t sample, Mapp
     using T = decltype(type);
     using Scalar = ScalarOf<T>;
     const int64_t positions = feat.positions();
-    auto* scaled = static_cast<Scalar*>(scratch);
+    auto *scaled = static_cast<Scalar*>(scratch), *peak = scaled + positions;
     const auto factor = static_cast<Scalar>(scale * mapping.p);
     for (int64_t i = 0; i < positions; ++i) scaled[i] = static_cast<const Scalar*>(slope)[i] * factor;
+    if (mapping.max) map_sample<T>(feat, sample, peak, Max{});
     with_power(mapping.p, [&](auto power) {
-      if (mapping.max) {
-        backward_max<T>(feat, grad, sample, scaled, scaled + positions, power);
-      } else {
-        backward_sum<T>(feat, grad, sample, scaled, scaled + positions, power);
-      }
+      if (!mapping.max) return backward_sum<T>(feat, grad, sample, scaled, power);
+      multiply_in_place(scaled, peak, positions, [&](auto v) { return power.slope(v); });
     });
+    if (mapping.max) backward_max<T>(feat, grad, sample, scaled, peak);
   });
 }
 
