@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,12 +15,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if print_config:
             print(config.to_yaml(), end="")
             return 0
-        from trainer.engine import train
+        from trainer.engine import Diverged, train  # slow to import, and needless for the above
 
-        return train(config)
+        try:
+            return train(config)
+        except Diverged as error:
+            return _fail(error, 1)
     except ConfigError as error:
+        return _fail(error, 2)
+
+
+def _fail(error: Exception, code: int) -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks of this machine fail alike
         print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Job:
 
 
 class Table:
-    """The jobs of a table: `cells` maps (row, method) to one job per seed; (row, "teacher") to the teacher's."""
+    """The jobs of a table: `cells` maps (row, method) to one per seed, (row, "teacher") to the teacher's."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -89,11 +89,20 @@ class Table:
                 self.cells[name, "teacher"] = [teacher]
             for method in args.methods:
                 seeds = range(args.seeds)
-                self.cells[name, method] = [self._job(row.student, method, s, row.teacher, teacher) for s in seeds]
+                self.cells[name, method] = [
+                    self._job(row.student, method, s, row.teacher, teacher) for s in seeds
+                ]
 
-    def _job(self, student: str, method: str, seed: int, teacher_name: str = "", teacher: Job | None = None) -> Job:
+    def _job(
+        self, student: str, method: str, seed: int, teacher_name: str = "", teacher: Job | None = None
+    ) -> Job:
         name = f"{student}/{method}-seed{seed}"
-        keys: dict[str, Any] = {"data-dir": self.args.data_dir, "student": student, "method": method, "seed": seed}
+        keys: dict[str, Any] = {
+            "data-dir": self.args.data_dir,
+            "student": student,
+            "method": method,
+            "seed": seed,
+        }
         if method != "none":
             name = f"{student}-from-{teacher_name}/{method}-seed{seed}"
             weights = self.args.teacher_checkpoint or (teacher and teacher.folder / "model.pt")
@@ -104,7 +113,7 @@ class Table:
         return Job(name, make_config(self.recipe | keys), None if method == "none" else teacher)
 
     def jobs(self) -> list[Job]:
-        """Every job once (rows share some): teachers first, then seed by seed, so that early results compare."""
+        """Every job once (rows share some): teachers first, then seed by seed, to compare early."""
         every = {job.name: job for jobs in self.cells.values() for job in jobs}
         return sorted(every.values(), key=lambda job: (not self._teaches(job), job.config.seed))
 
@@ -118,18 +127,20 @@ class Table:
             done = [(job, summary) for job in jobs if (summary := job.summary())]
             last = [summary["last_test_error"] for _, summary in done]
             best = [summary["best_test_error"] for _, summary in done]
-            entries.append({
-                "row": name,
-                "method": method,
-                "seeds": [job.config.seed for job, _ in done],
-                "last_test_error": last,
-                "best_test_error": best,
-                "median_last": median(last) if last else None,
-                "median_best": median(best) if best else None,
-                "paper": TABLE1[name].paper[method],
-                "epochs": jobs[0].config.epochs,
-                "seconds": [sum(epoch["seconds"] for epoch in job.history()) for job, _ in done],
-            })  # fmt: skip
+            entries.append(
+                {
+                    "row": name,
+                    "method": method,
+                    "seeds": [job.config.seed for job, _ in done],
+                    "last_test_error": last,
+                    "best_test_error": best,
+                    "median_last": median(last) if last else None,
+                    "median_best": median(best) if best else None,
+                    "paper": TABLE1[name].paper[method],
+                    "epochs": jobs[0].config.epochs,
+                    "seconds": [sum(epoch["seconds"] for epoch in job.history()) for job, _ in done],
+                }
+            )
         return entries
 
     def write(self) -> str:
@@ -154,9 +165,21 @@ def markdown(entries: list[dict[str, Any]], schedule: str) -> str:
     for entry in entries:
         row = TABLE1[entry["row"]]
         found = entry["last_test_error"]
-        measured = [f"{entry['median_last']:.2f}", ", ".join(f"{e:.2f}" for e in found), f"{entry['median_best']:.2f}"] \
-            if found else ["not finished", "", ""]  # fmt: skip
-        cells = [f"{row.student} ← {row.teacher}", METHOD_NAMES[entry["method"]], *measured, f"{entry['paper']:.2f}"]
+        measured = (
+            [
+                f"{entry['median_last']:.2f}",
+                ", ".join(f"{e:.2f}" for e in found),
+                f"{entry['median_best']:.2f}",
+            ]
+            if found
+            else ["not finished", "", ""]
+        )
+        cells = [
+            f"{row.student} ← {row.teacher}",
+            METHOD_NAMES[entry["method"]],
+            *measured,
+            f"{entry['paper']:.2f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -212,7 +235,9 @@ def start(job: Job, out: Path) -> subprocess.Popen[bytes]:
     threads = {"OMP_NUM_THREADS": str(job.config.threads)} if job.config.threads else {}
     with open(path, "ab") as log:
         command = [sys.executable, str(ROOT / "train.py"), "--recipe", str(recipe)]
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | threads)
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | threads
+        )
 
 
 def say(line: str) -> None:
@@ -222,15 +247,25 @@ def say(line: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=["table1"])
-    parser.add_argument("--schedule", default="short", choices=["short"], help="which recipes/SCHEDULE/base.yaml")
-    parser.add_argument("--rows", nargs="+", choices=TABLE1, default=["wrn-16-1-from-wrn-16-2"], metavar="ROW",
-                        help=", ".join(TABLE1))  # fmt: skip
+    parser.add_argument(
+        "--schedule", default="short", choices=["short"], help="which recipes/SCHEDULE/base.yaml"
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=TABLE1,
+        default=["wrn-16-1-from-wrn-16-2"],
+        metavar="ROW",
+        help=", ".join(TABLE1),
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=5, help="train seeds 0 to N-1 (default 5, as the paper)")
     parser.add_argument("--epochs", type=int, help="instead of the schedule's")
     parser.add_argument("--data-dir", required=True, type=lambda p: str(Path(p).resolve()))
     parser.add_argument("--out", required=True, type=lambda p: Path(p).resolve())
-    parser.add_argument("--teacher-checkpoint", type=lambda p: Path(p).resolve(), help="use these weights, train none")
+    parser.add_argument(
+        "--teacher-checkpoint", type=lambda p: Path(p).resolve(), help="use these weights, train none"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each training")
     args = parser.parse_args(argv)

@@ -14,7 +14,7 @@ from trainer.config import ConfigError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: after a crash at any moment it holds the old content or the new, never a part."""
+    """Replace `path` by `content`: after a crash at any moment it holds the old or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         file.write(content)
@@ -55,7 +55,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:
-    """Load model.pt, or the model in checkpoint.pt; what does not fit `model` (called `name`) raises ConfigError."""
+    """Load model.pt, or the model in checkpoint.pt; what does not fit `model`, called `name`: ConfigError."""
     state = load(path)
     state = state.get("model", state)
     own = model.state_dict()
@@ -64,9 +64,13 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
         raise ConfigError(f"checkpoint {path} holds no model weights")
     problems = [f"lacks {key}" for key in own.keys() - state.keys()]
     problems += [f"has {key}, which the model lacks" for key in state.keys() - own.keys()]
-    problems += [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-                 for key in own.keys() & state.keys() if state[key].shape != own[key].shape]  # fmt: skip
+    problems += [
+        f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if state[key].shape != own[key].shape
+    ]
     if problems:
-        raise ConfigError(f"checkpoint {path} does not fit {name}: {len(problems)} mismatches, "
-                          f"such as: {min(problems)}")  # fmt: skip
+        raise ConfigError(
+            f"checkpoint {path} does not fit {name}: {len(problems)} mismatches, such as: {min(problems)}"
+        )
     model.load_state_dict(state)

@@ -13,7 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 import at_fused
 
-NOT_YET = {"dataset": ("imagefolder",), "method": ("hints", "grad-at", "symmetry", "min-l2"), "pretrained": (True,)}
+NOT_YET = {
+    "dataset": ("imagefolder",),
+    "method": ("hints", "grad-at", "symmetry", "min-l2"),
+    "pretrained": (True,),
+}
 
 
 class ConfigError(ValueError):
@@ -200,7 +204,9 @@ FREE_KEYS = ("data-dir", "output-dir", "resume", "max-steps", "checkpoint-every"
 def differing_keys(old: dict[str, Any], new: Config) -> list[str]:
     """Keys in which the configuration stored by a run differs from `new`, except those free to change."""
     current = new.model_dump(mode="json", by_alias=True)
-    return sorted(k for k in old.keys() | current.keys() if k not in FREE_KEYS and old.get(k) != current.get(k))
+    return sorted(
+        k for k in old.keys() | current.keys() if k not in FREE_KEYS and old.get(k) != current.get(k)
+    )
 
 
 def make_config(values: dict[str, Any]) -> Config:
@@ -212,7 +218,7 @@ def make_config(values: dict[str, Any]) -> Config:
 
 
 def load_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Keys of a recipe file, those of its `base` (a path relative to the file) first and its own over them."""
+    """Keys of a recipe file: those of its `base` (a path relative to the file), its own over them."""
     path = path.resolve()
     if path in above:
         raise ConfigError(f"recipe {path} is its own base")
@@ -232,10 +238,13 @@ def load_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
     """Configuration of a command line, and whether it only asks to print it. Flags win over the recipe."""
-    parser = _Parser(prog="train.py", description="Train an image classifier, alone or with a teacher.",
-                     allow_abbrev=False)  # fmt: skip
+    parser = _Parser(
+        prog="train.py", description="Train an image classifier, alone or with a teacher.", allow_abbrev=False
+    )
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="YAML file of the keys below")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and exit"
+    )
     for name, field in Config.model_fields.items():
         options: dict[str, Any] = {"help": _help(field), "metavar": "VALUE", "default": argparse.SUPPRESS}
         if field.annotation is bool:
@@ -269,8 +278,12 @@ def _unlist(key: str, value: Any) -> Any:
 
 def _help(field: Any) -> str:
     choices = [str(c) for c in get_args(field.annotation) if isinstance(c, str)]
-    default = "" if field.is_required() or field.default in (None, []) else f"; default {_flag_text(field.default)}"
-    return f"{field.description}{' (' + ', '.join(choices) + ')' if choices else ''}{default}".replace("%", "%%")
+    default = (
+        "" if field.is_required() or field.default in (None, []) else f"; default {_flag_text(field.default)}"
+    )
+    return f"{field.description}{' (' + ', '.join(choices) + ')' if choices else ''}{default}".replace(
+        "%", "%%"
+    )
 
 
 def _flag_text(value: Any) -> str:

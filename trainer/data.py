@@ -1,7 +1,8 @@
 """Image sets held whole, as uint8, on the training device; batched augmentation there.
 
-Every random number of an epoch is drawn on the CPU for the whole training set from (seed, epoch), so the batches
-and their augmentation are the same on any device and for any number of ranks, and a resumed run finds them again.
+Every random number of an epoch is drawn on the CPU, for the whole training set, from (seed, epoch). So the
+batches and their augmentation are the same on any device and for any number of ranks, and a resumed run finds
+them again.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class EpochPlan:
 
 
 def load(config: Config, device: torch.device) -> ImageSet:
-    """The data set of `config` on `device`. Missing or damaged files raise ConfigError naming what is expected."""
+    """The data set of `config` on `device`. Missing or damaged files: ConfigError naming what is expected."""
     train, test, classes, mean, std = _load_digits() if config.dataset == "digits" else _load_cifar(config)
     for key, size in (("limit-train", len(train)), ("limit-test", len(test))):
         limit = config.limit_train if key == "limit-train" else config.limit_test
@@ -87,19 +88,21 @@ def plan_epoch(dataset: ImageSet, seed: int, epoch: int) -> EpochPlan:
 
 
 def training_batch(dataset: ImageSet, plan: EpochPlan, part: slice) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, H, W) fp32, in channels-last memory, and labels (n,) at the places `part` of the epoch."""
+    """Images (n, 3, H, W) fp32, in channels-last memory, and labels (n,), at places `part` of the epoch."""
     chosen = plan.order[part]
-    images = augment(dataset.train.images, chosen, plan.down[part], plan.right[part], plan.flip[part], dataset.pad)
+    images = augment(
+        dataset.train.images, chosen, plan.down[part], plan.right[part], plan.flip[part], dataset.pad
+    )
     return normalise(images, dataset.mean, dataset.std), dataset.train.labels[chosen]
 
 
-def test_batch(dataset: ImageSet, part: slice) -> tuple[Tensor, Tensor]:
+def evaluation_batch(dataset: ImageSet, part: slice) -> tuple[Tensor, Tensor]:
     """As `training_batch`, of the test images `part`, without augmentation."""
     return normalise(dataset.test.images[part], dataset.mean, dataset.std), dataset.test.labels[part]
 
 
 def augment(images: Tensor, chosen: Tensor, down: Tensor, right: Tensor, flip: Tensor, pad: int) -> Tensor:
-    """Pad by reflection, crop back to size at (down, right), mirror where `flip`: one gather for the whole batch.
+    """Pad by reflection, crop back to size at (down, right), mirror where `flip`: one gather per batch.
 
     `images` (N, H, W, C) uint8; `chosen`, `down`, `right`, `flip` (n,); returns (n, H, W, C) uint8.
     """
@@ -112,7 +115,7 @@ def augment(images: Tensor, chosen: Tensor, down: Tensor, right: Tensor, flip: T
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(n, H, W, C) uint8 to a (n, C, H, W) fp32 view of channels-last memory, (x - mean) / std per channel."""
+    """(n, H, W, C) uint8 to (n, C, H, W) fp32 in channels-last memory: (x - mean) / std per channel."""
     return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
@@ -132,7 +135,9 @@ def _subset(split: Split, limit: int | None, seed: int) -> Split:
         return split
     shuffled = torch.randperm(len(split), generator=_generator("subset", seed))
     labels = split.labels[shuffled]
-    turn = torch.zeros_like(labels)  # 0 for the first of its class in the shuffled order, 1 for the second, ...
+    turn = torch.zeros_like(
+        labels
+    )  # 0 for the first of its class in the shuffled order, 1 for the second, ...
     for label in labels.unique():
         mine = labels == label
         turn[mine] = torch.arange(int(mine.sum()))
@@ -141,7 +146,7 @@ def _subset(split: Split, limit: int | None, seed: int) -> Split:
 
 
 def _load_digits() -> tuple[Split, Split, int, list[float], list[float]]:
-    """scikit-learn's 1,797 digits, 8x8 grey levels 0..16, bilinearly enlarged to 16x16 and repeated over 3 channels.
+    """scikit-learn's 1,797 digits: 8x8 grey levels 0..16, bilinearly enlarged to 16x16, in 3 equal channels.
 
     1,000 images train and 797 test, the same ones always, each class in proportion.
     """
@@ -160,8 +165,10 @@ def _load_digits() -> tuple[Split, Split, int, list[float], list[float]]:
 
 
 def _load_cifar(config: Config) -> tuple[Split, Split, int, list[float], list[float]]:
-    """CIFAR-10 or CIFAR-100 as torchvision reads them (files and checksums), with the authors' pixel statistics."""
-    from models import torchvision_compat  # noqa: F401  (makes torchvision importable under a CPU-only torch)
+    """CIFAR-10 or CIFAR-100, as torchvision reads and verifies them, and the pixels' mean and deviation."""
+    from models import torchvision_compat  # noqa: F401  (before torchvision)
+
+    # isort: split
     from torchvision.datasets import CIFAR10, CIFAR100
 
     kind = CIFAR100 if config.dataset == "cifar100" else CIFAR10
@@ -176,8 +183,9 @@ def _load_cifar(config: Config) -> tuple[Split, Split, int, list[float], list[fl
         parts = [kind(str(root), train=train, download=False) for train in (True, False)]
     except Exception as error:  # torchvision raises RuntimeError, pickle and OSError raise their own
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(f"data-dir {root}: {kind.base_folder} is incomplete or damaged "
-                          f"(expected: {files}; {reason})") from None  # fmt: skip
+        raise ConfigError(
+            f"data-dir {root}: {kind.base_folder} is incomplete or damaged (expected: {files}; {reason})"
+        ) from None
     train, test = (Split(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts)
     if config.dataset == "cifar100":
         return train, test, 100, [129.3, 124.1, 112.4], [68.2, 65.4, 70.4]

@@ -60,8 +60,9 @@ def ranks(config: Config) -> Iterator[Ranks]:
     if cuda and not torch.cuda.is_available():
         raise ConfigError("device cuda: there is no CUDA device here")
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if cuda and local >= torch.cuda.device_count():
-        raise ConfigError(f"{local + 1} ranks on this machine, but {torch.cuda.device_count()} CUDA devices")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if cuda and here > torch.cuda.device_count():
+        raise ConfigError(f"{here} ranks on this machine, but {torch.cuda.device_count()} CUDA devices")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ from trainer.objectives import Objective, Tapped, describe_pairs, tap_names
 ARTEFACTS = ("config.yaml", "checkpoint.pt", "metrics.jsonl", "summary.json", "model.pt", "curves.png")
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SUMS = 6  # of total, CE, AT and KD losses, of wrong answers, of images
+
+
+class Diverged(RuntimeError):
+    """Training has become meaningless; the last checkpoint says where."""
 
 
 def train(config: Config) -> int:
@@ -46,8 +50,14 @@ class Progress:
 
     step: int = 0
     history: list[reporting.Metrics] = field(default_factory=list)
+    partial: reporting.Metrics | None = None  # of an epoch that max-steps cut short, until it is continued
     seconds: float = 0.0  # spent in the current epoch so far
     teacher_error: float | None = None
+
+    @property
+    def lines(self) -> list[reporting.Metrics]:
+        """What metrics.jsonl holds."""
+        return self.history + ([self.partial] if self.partial else [])
 
 
 class Run:
@@ -61,8 +71,10 @@ class Run:
         size = len(self.dataset.train)
         tail = size % config.batch_size
         if min(config.batch_size, size, tail or size) < ranks.world:
-            raise ConfigError(f"a batch of {min(config.batch_size, size, tail or size)} images (of {size} by "
-                              f"{config.batch_size}) cannot be shared by {ranks.world} ranks")  # fmt: skip
+            raise ConfigError(
+                f"a batch of {min(config.batch_size, size, tail or size)} images (of {size} by "
+                f"{config.batch_size}) cannot be shared by {ranks.world} ranks"
+            )
         self.steps_per_epoch = -(-size // config.batch_size)
         self.last_step = config.epochs * self.steps_per_epoch
         if config.max_steps is not None:
@@ -92,6 +104,10 @@ class Run:
         config, device = self.config, self.ranks.device
         torch.manual_seed(config.seed)
         self.student = _create(config.student, self.dataset.classes, config)
+        if config.sync_bn:
+            if device.type != "cuda":
+                raise ConfigError("sync-bn needs CUDA devices")
+            self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
         for name in config.freeze:
             try:
                 self.student.get_submodule(name).requires_grad_(False)
@@ -109,32 +125,39 @@ class Run:
         tapped = _tapped(self.student.to(device), names[0])
         self.pairs: list[str] = []
         if config.uses_at and self.teacher is not None:
-            image, _ = data.test_batch(self.dataset, slice(0, 1))
+            image, _ = data.evaluation_batch(self.dataset, slice(0, 1))
             self.pairs = describe_pairs(config, tapped, self.teacher, image, names)
-        if config.sync_bn:
-            if device.type != "cuda":
-                raise ConfigError("sync-bn needs CUDA devices")
-            tapped.model = self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
         self.forward: nn.Module = tapped
         if self.ranks.world > 1:
             # Running statistics are rank 0's, sent around once per evaluation instead of at every step.
-            self.forward = DistributedDataParallel(tapped, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(
+                tapped, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         if config.compile:
-            self.forward.compile()
+            # static shapes: an epoch has two batch sizes, and a kernel for each is faster than one for both
+            self.forward.compile(dynamic=False)
             if self.teacher is not None:
-                self.teacher.compile()
+                self.teacher.compile(
+                    dynamic=False, options={"freezing": True}
+                )  # its weights become constants
 
     # --- training -------------------------------------------------------------------------------------
 
     def train(self) -> int:
         config, progress, reporter = self.config, self.progress, self.reporter
         if self.ranks.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_atomically(self.folder / "config.yaml", config.to_yaml().encode())
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "summary.json").unlink(missing_ok=True)  # the run is no longer finished
+                checkpoint.write_atomically(self.folder / "config.yaml", config.to_yaml().encode())
+            except OSError as error:
+                raise ConfigError(f"output-dir {self.folder}: {error.strerror}") from None
         parameters = sum(parameter.numel() for parameter in self.student.parameters())
-        reporter.say(f"{config.student} ({parameters:,} parameters) on {config.dataset}: {len(self.dataset.train)} "
-                     f"training and {len(self.dataset.test)} test images, method {config.method}, seed {config.seed}, "
-                     f"{self.ranks.world} x {self.ranks.device.type}")  # fmt: skip
+        reporter.say(
+            f"{config.student} ({parameters:,} parameters) on {config.dataset}: {len(self.dataset.train)} "
+            f"training and {len(self.dataset.test)} test images, method {config.method}, seed {config.seed}, "
+            f"{self.ranks.world} x {self.ranks.device.type}"
+        )
         for line in self.pairs:
             reporter.say(line)
         if self.teacher is not None:
@@ -149,14 +172,17 @@ class Run:
             while progress.step < self.last_step:
                 if signal := self._train_epoch(stop):
                     self._save()
-                    reporter.say(f"stopped by signal {signal} at step {progress.step}; resume auto continues here")
+                    reporter.say(
+                        f"stopped by signal {signal} at step {progress.step}; resume auto continues here"
+                    )
                     return 128 + signal
         self._finish(parameters)
         return 0
 
     def _train_epoch(self, stop: distributed.StopRequest) -> int:
-        """Train to the end of the current epoch (or `max_steps`) and evaluate; a signal's number if it came."""
+        """Train to the end of the epoch (or `max_steps`) and evaluate; the number of a signal that came."""
         config, progress = self.config, self.progress
+        progress.partial = None
         epoch, first = divmod(progress.step, self.steps_per_epoch)
         plan = data.plan_epoch(self.dataset, config.seed, epoch)
         _train_mode(self.student, config.freeze_bn)
@@ -189,16 +215,16 @@ class Run:
             "seconds": seconds,
         }
         self.reporter.epoch(metrics, config.epochs, progress.step)
-        if progress.step % self.steps_per_epoch:  # max-steps fell inside the epoch: keep it open for a continuation
-            progress.seconds = seconds
-            self._save()
-            progress.history.append(metrics)
+        if progress.step % self.steps_per_epoch:  # cut short by max-steps: a continuation takes it up again
+            progress.partial, progress.seconds = metrics, seconds
         else:
             progress.history.append(metrics)
             progress.seconds = 0.0
             self.sums.zero_()
-            self._save()
+        self._save()
         self._write_metrics()
+        if not all(bool(parameter.isfinite().all()) for parameter in self.student.parameters()):
+            raise Diverged(f"the weights are not finite after epoch {epoch + 1}: a lower lr may help")
         return 0
 
     def _train_step(self, plan: data.EpochPlan) -> None:
@@ -244,7 +270,7 @@ class Run:
         with self._autocast():
             for start in range(share.start, share.stop, self.config.test_batch_size):
                 part = slice(start, min(start + self.config.test_batch_size, share.stop))
-                images, labels = data.test_batch(self.dataset, part)
+                images, labels = data.evaluation_batch(self.dataset, part)
                 logits, _ = model(self._format(images))
                 counts[0] += (logits.argmax(1) != labels).sum()
                 counts[1] += len(labels)
@@ -273,10 +299,7 @@ class Run:
                     "model": checkpoint.weights(self.student),
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
-                    "step": progress.step,
-                    "history": progress.history,
-                    "seconds": progress.seconds,
-                    "teacher_error": progress.teacher_error,
+                    "progress": asdict(progress),
                     "ranks": states,
                 },
             )
@@ -286,9 +309,9 @@ class Run:
             self.student.load_state_dict(stored["model"])
             self.optimizer.load_state_dict(stored["optimizer"])
             self.scaler.load_state_dict(stored["scaler"])
-            self.progress = Progress(stored["step"], stored["history"], stored["seconds"], stored["teacher_error"])
+            self.progress = Progress(**stored["progress"])
             states = stored["ranks"]
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f"the checkpoint to resume from does not fit this run: {error}") from None
         if len(states) == self.ranks.world:
             self.sums.copy_(states[self.ranks.rank]["sums"])
@@ -298,13 +321,13 @@ class Run:
 
     def _write_metrics(self) -> None:
         if self.ranks.first:
-            reporting.write_metrics(self.folder, self.progress.history)
+            reporting.write_metrics(self.folder, self.progress.lines)
 
     def _finish(self, parameters: int) -> None:
         """Write the results; summary.json comes last, as the mark of a finished run."""
         if not self.ranks.first:
             return
-        config, history = self.config, self.progress.history
+        config, history = self.config, self.progress.lines
         checkpoint.save(self.folder / "model.pt", checkpoint.weights(self.student))
         title = f"{config.student} on {config.dataset}, method {config.method}, seed {config.seed}"
         reporting.write_curves(self.folder, history, title)
@@ -319,8 +342,10 @@ class Run:
             "seed": config.seed,
         }
         reporting.write_summary(self.folder, summary)
-        self.reporter.say(f"test error: last {summary['last_test_error']:.2f} %, best {best:.2f} %; "
-                          f"results in {self.folder}")  # fmt: skip
+        self.reporter.say(
+            f"test error: last {summary['last_test_error']:.2f} %, best {best:.2f} %; "
+            f"results in {self.folder}"
+        )
 
 
 def _set_up_torch(config: Config, ranks: Ranks) -> None:
@@ -329,7 +354,7 @@ def _set_up_torch(config: Config, ranks: Ranks) -> None:
     if ranks.device.type == "cuda" and config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs bandwidth
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for debugging
 
 
 def _output_folder(config: Config) -> tuple[Path, dict[str, Any] | None]:
@@ -345,13 +370,18 @@ def _output_folder(config: Config) -> tuple[Path, dict[str, Any] | None]:
     held = [name for name in ARTEFACTS if (folder / name).exists()]
     if held:
         _check_same_run(_stored_config(folder), config, f"output-dir {folder}")
+    path = folder / "checkpoint.pt"
     if config.resume in ("auto", "never"):
-        path = folder / "checkpoint.pt"
         if not path.exists():
             return folder, None  # empty, or killed before its first checkpoint
     else:
-        path = Path(config.resume)
-        path = path / "checkpoint.pt" if path.is_dir() else path
+        other = Path(config.resume)
+        other = other / "checkpoint.pt" if other.is_dir() else other
+        if path.exists() and not (other.exists() and other.samefile(path)):
+            raise ConfigError(
+                f"output-dir {folder} holds a run, which resume {config.resume} would overwrite"
+            )
+        path = other
     stored = checkpoint.load(path)
     if not isinstance(stored.get("config"), dict):
         raise ConfigError(f"checkpoint {path} cannot be resumed from: it is not a run's checkpoint.pt")
@@ -371,7 +401,9 @@ def _stored_config(folder: Path) -> dict[str, Any]:
 
 def _check_same_run(stored: dict[str, Any], config: Config, where: str) -> None:
     if keys := differing_keys(stored, config):
-        raise ConfigError(f"{where} holds a different run: {', '.join(keys)} differ; choose another output-dir")
+        raise ConfigError(
+            f"{where} holds a different run: {', '.join(keys)} differ; choose another output-dir"
+        )
 
 
 def _create(name: str, classes: int, config: Config) -> models.TappedModel:

@@ -43,7 +43,7 @@ class Objective:
     """The loss of a method: CE for `none`; CE + AT for `at`; the distillation loss, which contains
     (1 - alpha) CE, for `kd`; that + AT for `at+kd`.
 
-    `Losses.at` is the AT term with beta in it, `Losses.kd` the whole distillation loss; each is 0 where unused.
+    `Losses.at` is the AT term with beta in it, `Losses.kd` the whole distillation loss; 0 where unused.
     """
 
     def __init__(self, config: Config) -> None:
@@ -83,11 +83,13 @@ class Objective:
 def tap_names(config: Config, student: TappedModel, teacher: TappedModel) -> tuple[list[str], list[str]]:
     """Names of the features that AT compares, of the student and of the teacher, in pairs."""
     if isinstance(config.taps, str) and config.taps in student.taps:
-        names = student.taps[config.taps], teacher.taps[config.taps]
-        if len(names[0]) != len(names[1]):
-            raise ConfigError(f"taps {config.taps}: {config.student} has {len(names[0])} and {config.teacher} "
-                              f"{len(names[1])}; name the modules, or use groups")  # fmt: skip
-        return names
+        students, teachers = student.taps[config.taps], teacher.taps[config.taps]
+        if len(students) != len(teachers):
+            raise ConfigError(
+                f"taps {config.taps}: {config.student} has {len(students)} and {config.teacher} "
+                f"{len(teachers)}; name the modules, or use groups"
+            )
+        return students, teachers
     names = [config.taps] if isinstance(config.taps, str) else list(config.taps)
     return names, names
 
@@ -111,7 +113,10 @@ def describe_pairs(
     for s_name, t_name, s, t in zip(*names, *pairs, strict=True):
         elements = s.shape[2:].numel()
         shapes = "x".join(map(str, s.shape[1:])), "x".join(map(str, t.shape[1:]))
-        effective = f"{config.beta / (elements * config.batch_size):.3g} per element" if config.distance == "mse" \
-            else f"{config.beta / config.batch_size:.3g} per image"  # fmt: skip
+        effective = (
+            f"{config.beta / (elements * config.batch_size):.3g} per element"
+            if config.distance == "mse"
+            else f"{config.beta / config.batch_size:.3g} per image"
+        )
         lines.append(f"AT {s_name} {shapes[0]} <- {t_name} {shapes[1]}: beta {effective}")
     return lines

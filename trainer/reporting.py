@@ -27,7 +27,7 @@ class Reporter:
         self.console.print(line, markup=False)
 
     def open(self, folder: Path, steps: int, done: int) -> None:
-        """Start the progress bar (terminals only) and TensorBoard (events after step `done` are superseded)."""
+        """Start the progress bar (terminals only) and TensorBoard (superseding events after step `done`)."""
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only runs that train pay for it
@@ -51,14 +51,20 @@ class Reporter:
 
     def epoch(self, metrics: Metrics, epochs: int, step: int) -> None:
         """Tell one epoch's figures."""
-        terms = [f"{name[:2].upper()} {metrics[name]:.4f}" for name in ("ce_loss", "at_loss", "kd_loss") if metrics[name]]
+        terms = [
+            f"{name[:2].upper()} {metrics[name]:.4f}"
+            for name in ("ce_loss", "at_loss", "kd_loss")
+            if metrics[name]
+        ]
         self.say(
             f"epoch {metrics['epoch']}/{epochs}  loss {metrics['train_loss']:.4f} ({', '.join(terms)})  "
             f"train error {metrics['train_error']:.2f} %  test error {metrics['test_error']:.2f} %  "
             f"lr {metrics['lr']:.3g}  {metrics['images_per_second']:.0f} images/s  {metrics['seconds']:.0f} s"
         )
         if self._progress:
-            self._progress.update(self._progress.task_ids[0], speed=f"{metrics['images_per_second']:.0f} images/s")
+            self._progress.update(
+                self._progress.task_ids[0], speed=f"{metrics['images_per_second']:.0f} images/s"
+            )
         if self._tensorboard:
             for name in metrics.keys() - {"epoch"}:
                 self._tensorboard.add_scalar(name, metrics[name], step)
@@ -72,7 +78,7 @@ class Reporter:
 
 
 def write_metrics(folder: Path, history: list[Metrics]) -> None:
-    """metrics.jsonl: one line per epoch. Always written whole, so that it never contradicts the checkpoint."""
+    """metrics.jsonl: one line per epoch, always written whole, so that it agrees with the checkpoint."""
     lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
     write_atomically(folder / "metrics.jsonl", lines.encode())
 
@@ -95,9 +101,16 @@ def write_curves(folder: Path, history: list[Metrics], title: str) -> None:
     last = history[-1]
     for name, colour in (("test_error", "tab:red"), ("train_error", "tab:blue")):
         label = f"{name.replace('_', ' ')} (last {last[name]:.2f} %)"
-        error_axes.plot(epochs, [m[name] for m in history], color=colour, label=label, marker=".", markersize=4)
+        error_axes.plot(
+            epochs, [m[name] for m in history], color=colour, label=label, marker=".", markersize=4
+        )
     error_axes.set(xlabel="epoch", ylabel="error, %", title="Error", ylim=(0, None))
-    terms = {"train_loss": "total", "ce_loss": "cross-entropy", "at_loss": "attention transfer", "kd_loss": "distillation"}
+    terms = {
+        "train_loss": "total",
+        "ce_loss": "cross-entropy",
+        "at_loss": "attention transfer",
+        "kd_loss": "distillation",
+    }
     for name, label in terms.items():
         values = [m[name] for m in history]
         if any(values):

@@ -15,19 +15,23 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     """Rate of optimizer step `step` (from 0) of `config.epochs * steps_per_epoch`."""
     total = config.epochs * steps_per_epoch
     if config.lr_schedule == "step":
-        return config.lr * config.lr_gamma ** bisect_right(sorted(config.lr_milestones), step // steps_per_epoch)
+        return config.lr * config.lr_gamma ** bisect_right(
+            sorted(config.lr_milestones), step // steps_per_epoch
+        )
     if config.lr_schedule == "cosine":
         return _cosine(config.lr, 0.0, step / total)
     if config.lr_schedule == "onecycle":
         peak = config.lr_warmup * total - 1  # step at which the rate is highest
         if step <= peak:
             return _cosine(config.lr / START_DIVISOR, config.lr, step / peak if peak > 0 else 1.0)
-        return _cosine(config.lr, config.lr / END_DIVISOR, (step - peak) / (total - 1 - peak) if total > 1 else 0.0)
+        return _cosine(
+            config.lr, config.lr / END_DIVISOR, (step - peak) / (total - 1 - peak) if total > 1 else 0.0
+        )
     return config.lr
 
 
 def beta(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Weight of the AT term at `step`: 0 before `at_start_epoch`, from there `beta` decaying to the last step."""
+    """Weight of the AT term at `step`: 0 before `at_start_epoch`, then `beta` decaying to the last step."""
     first = config.at_start_epoch * steps_per_epoch
     if not config.uses_at or step < first:
         return 0.0
@@ -37,7 +41,9 @@ def beta(config: Config, step: int, steps_per_epoch: int) -> float:
     if config.beta_schedule == "cosine":
         return _cosine(config.beta, 0.0, done)
     if config.beta_schedule == "step":
-        return config.beta * config.beta_gamma ** bisect_right(sorted(config.beta_milestones), step // steps_per_epoch)
+        return config.beta * config.beta_gamma ** bisect_right(
+            sorted(config.beta_milestones), step // steps_per_epoch
+        )
     return config.beta
 
 
