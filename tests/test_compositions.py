@@ -162,7 +162,7 @@ def test_opcheck(mapping: str, backend: str) -> None:
         feature(2, 2, 3, 3, seed=2, layout=cases.sliced, device=device),
     ]
     t_feats = [
-        feature(2, 4, 2, 3, seed=3, layout=cases.transposed, device=device),
+        feature(2, 4, 2, 3, seed=3, dtype=torch.float64, layout=cases.transposed, device=device),
         feature(2, 3, 3, 3, seed=4, dtype=torch.bfloat16, device=device).detach(),
     ]
     torch.library.opcheck(ops.attention_maps.default, (s_feats, 2.0, mapping, backend))
