@@ -6,7 +6,7 @@ Without torch or a compiler the install succeeds as pure Python and one line say
 
 AT_FUSED_NO_EXTENSION=1       do not build
 AT_FUSED_REQUIRE_EXTENSION=1  fail where the build is impossible or breaks
-AT_FUSED_SANITIZE=address,undefined   build with these sanitizers
+AT_FUSED_SANITIZE=address,undefined   build with these sanitizers, into the wheel only (make sanitize)
 MAX_JOBS=n                    parallel compilations
 """
 
@@ -97,8 +97,9 @@ class BuildLibraries(build_ext):
         flags = ["-fno-math-errno", "-fvisibility=hidden", STABLE_ABI]
         if sanitizers:
             flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}"]
+            flags += ["-fno-sanitize-recover=all"]
         else:
-            flags += ["-O3"]
+            flags += ["-O3", "-g0"]
         self.distribution.ext_modules = [
             CppExtension(
                 library.name,
@@ -116,6 +117,8 @@ class BuildLibraries(build_ext):
         builder.build_temp = os.path.join("build", sanitizers.replace(",", "-") or "release")
         builder.ensure_finalized()
         builder.run()
+        if sanitizers:
+            return  # loads only into a process that preloads the sanitizers
         for library in self.extensions:  # a clone's root imports the source package, which needs it as well
             beside_the_source = ROOT / self.get_ext_filename(library.name)
             fresh = beside_the_source.with_suffix(f".{os.getpid()}")
