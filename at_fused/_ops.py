@@ -170,7 +170,8 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         count = len(ctx.weights)
         p, mapping, eps, reduce, student_slopes, _teacher_slopes = ctx.options
-        feats, slopes = ctx.saved_tensors[: 2 * count], ctx.saved_tensors[2 * count :]
+        saved = ctx.saved_tensors  # read once: each read unpacks, which checkpointing allows only once
+        feats, slopes = saved[: 2 * count], saved[2 * count :]
         needed = ctx.needs_input_grad[3:]
         grads: list[Tensor | None] = [None] * (2 * count)
         if grad is None:

@@ -205,6 +205,8 @@ class AttentionLoss(nn.Module):
         )
 
     def forward(self, s_feats: Features, t_feats: Features) -> Tensor:
+        if torch.compiler.is_compiling():  # in the weights, each new beta would be compiled anew
+            return self.beta * attention_loss(s_feats, t_feats, self.p, weights=self.weights, **self.options)
         count = 1 if isinstance(s_feats, Tensor) else len(s_feats)
         weights = [self.beta * weight for weight in self.weights or (1.0,) * count]
         return attention_loss(s_feats, t_feats, self.p, weights=weights, **self.options)

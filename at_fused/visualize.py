@@ -78,7 +78,8 @@ def attention_grid(
     width, height = sum(widths) * _CELL + _LEFT + right, len(images) * row_height + _TOP + bottom
     figure = figure_class(figsize=(width, height), dpi=150)
     grid = gridspec_class(
-        len(images), len(widths), figure, width_ratios=widths, wspace=0.06, hspace=0.25 if compare_to else 0.06,
+        len(images), len(widths), figure,
+        width_ratios=widths, wspace=0.06, hspace=0.25 if compare_to else 0.06,
         left=_LEFT / width, right=1 - right / width, top=1 - _TOP / height, bottom=bottom / height,
     )  # fmt: skip
 
