@@ -1,0 +1,129 @@
+"""What `make demo` runs: on handwritten digits, a teacher, and students alone and with attention transfer.
+
+Prints a table of test errors and times; leaves report.md, curves.png, attention_maps.png and the trainings
+themselves in the output folder. Flags it does not know go to every training, e.g. `--epochs 2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # models, trainer and examples are not part of the installed package
+
+if TYPE_CHECKING:
+    from examples.demo_report import Run
+
+MARK = ".made-by-demo"  # only a folder that holds this file is ever deleted
+
+
+class DemoError(Exception):
+    """What the demo says in one line before it exits with code 2."""
+
+
+def claim(folder: Path) -> None:
+    """Make `folder` empty and ours; refuse one that the demo did not make."""
+    if folder.exists():
+        if not (folder / MARK).is_file():
+            raise DemoError(
+                f"{folder} exists and was not made by the demo: move it away, or use --output-dir"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
+
+
+def train(recipe: str, folder: Path, flags: Sequence[object]) -> Run:
+    """Train a recipe in a process of its own that writes into `folder`; what it says goes to a log beside."""
+    from examples.demo_report import Run
+
+    log = folder.parent / f"{folder.name}.log"
+    path = ROOT / "recipes" / "demo" / f"{recipe}.yaml"
+    command = [sys.executable, ROOT / "train.py", "--recipe", path, "--output-dir", folder, *flags]
+    with open(log, "w") as file:
+        code = subprocess.run(
+            [str(word) for word in command], stdout=file, stderr=subprocess.STDOUT
+        ).returncode
+    if code:
+        last = (log.read_text().splitlines() or ["it said nothing"])[-1]
+        raise DemoError(f"{folder.name} stopped with code {code}: {last} (see {log})")
+    return Run(recipe, folder)
+
+
+def train_all(
+    folder: Path, seeds: int, jobs: int, flags: Sequence[str], say: Callable[[str], None]
+) -> list[Run]:
+    """A teacher and, for each seed, both students: `jobs` processes of one thread each at a time."""
+
+    def train_and_tell(recipe: str, name: str, *own: object) -> Run:
+        begun = time.perf_counter()
+        run = train(recipe, folder / name, ["--threads", 1, *own, *flags])
+        say(f"{name:<13} test error {run.error:5.2f} %  {time.perf_counter() - begun:3.0f} s")
+        return run
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            teacher = pool.submit(train_and_tell, "teacher", "teacher")
+            students = [
+                pool.submit(train_and_tell, "student", f"student-{seed}", "--seed", seed)
+                for seed in range(seeds)
+            ]
+            lesson = ["--teacher-checkpoint", teacher.result().folder / "model.pt"]
+            students += [
+                pool.submit(train_and_tell, "student-at", f"student-at-{seed}", "--seed", seed, *lesson)
+                for seed in range(seeds)
+            ]
+            return [teacher.result(), *(student.result() for student in students)]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those under way end by themselves
+            raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "demo")
+    parser.add_argument("--seeds", type=int, default=3, help="students of each kind (default: 3)")
+    parser.add_argument(
+        "--jobs", type=int, default=min(cores, 6), help="processes at a time (default: the cores)"
+    )
+    arguments, flags = parser.parse_known_args(argv)
+    begun = time.perf_counter()
+    try:
+        if arguments.seeds < 1 or arguments.jobs < 1:
+            raise DemoError("--seeds and --jobs must be at least 1")
+        claim(arguments.output_dir)
+        runs = train_all(
+            arguments.output_dir, arguments.seeds, arguments.jobs, flags, lambda s: print(s, flush=True)
+        )
+    except DemoError as error:
+        print(f"demo.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+    from rich.console import Console
+
+    from examples.demo_report import write_results
+
+    table = write_results(arguments.output_dir, runs, time.perf_counter() - begun)
+    Console(highlight=False).print(table)
+    print(
+        f"{time.perf_counter() - begun:.0f} s in all; report, curves and maps are in {arguments.output_dir}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The pictures of attention maps: what is drawn where, and the errors."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from at_fused.visualize import attention_grid
+
+Networks = dict[str, list[Tensor]]
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(2, 3, 12, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def networks() -> Networks:
+    draw = torch.Generator().manual_seed(1)
+    return {
+        "student": [torch.randn(2, 4, 6, 8, generator=draw), torch.randn(2, 8, 3, 4, generator=draw)],
+        "teacher": [torch.randn(2, 16, 6, 8, generator=draw), torch.randn(2, 8, 6, 8, generator=draw)],
+    }
+
+
+def drawn(figure) -> list:  # type: ignore[no-untyped-def, type-arg]
+    """The axes that hold a picture, row by row (the colour scale holds none)."""
+    return [axes for axes in figure.axes if axes.images]
+
+
+@pytest.mark.parametrize("p, mapping", [(2, "sum"), (1, "max")])
+def test_draws_image_and_maps_scaled_and_enlarged(
+    images: Tensor, networks: Networks, p: float, mapping: str
+) -> None:
+    axes = drawn(attention_grid(images, networks, p=p, mapping=mapping))
+    assert len(axes) == 2 * (1 + 2 * 2)
+    order = [
+        ("student", 0),
+        ("teacher", 0),
+        ("student", 1),
+        ("teacher", 1),
+    ]  # by group, networks side by side
+    for row in range(2):
+        picture, *maps = axes[5 * row : 5 * row + 5]
+        np.testing.assert_array_equal(picture.images[0].get_array(), images[row].permute(1, 2, 0))
+        for (name, group), cell in zip(order, maps, strict=True):
+            powers = networks[name][group][row].double().abs() ** p
+            expected = powers.sum(0) if mapping == "sum" else powers.amax(0)
+            expected = F.interpolate(expected[None, None], (12, 16), mode="bilinear", align_corners=False)[
+                0, 0
+            ]
+            np.testing.assert_allclose(cell.images[0].get_array(), expected / expected.max(), rtol=1e-5)
+            assert cell.images[0].get_clim() == (0, 1)
+
+
+def test_places_maps_right_of_the_image_in_rows(images: Tensor, networks: Networks) -> None:
+    axes = drawn(attention_grid(images, networks))
+    lefts = [cell.get_position().x0 for cell in axes[:5]]
+    assert lefts == sorted(set(lefts))
+    assert [cell.get_position().x0 for cell in axes[5:]] == lefts
+    assert axes[5].get_position().y1 < axes[0].get_position().y0
+
+
+def test_names_groups_networks_and_images(images: Tensor, networks: Networks) -> None:
+    figure = attention_grid(images, networks, groups=["early", "late"], labels=["a cat", "a dog"])
+    axes = drawn(figure)
+    assert [cell.get_title() for cell in axes[:5]] == ["image", "student", "teacher", "student", "teacher"]
+    assert not any(cell.get_title() for cell in axes[5:])
+    assert [axes[0].get_ylabel(), axes[5].get_ylabel()] == ["a cat", "a dog"]
+    assert [text.get_text() for text in figure.texts] == ["early (6×8)", "late (3×4)"]
+    assert attention_grid(images, networks).texts[0].get_text() == "group 1 (6×8)"
+
+
+def test_writes_the_similarity_below_each_map(images: Tensor, networks: Networks) -> None:
+    axes = drawn(attention_grid(images, networks, compare_to="teacher"))
+    for row in range(2):
+        student, teacher = (
+            networks[name][0][row].double().square().sum(0) for name in ("student", "teacher")
+        )
+        cosine = (student * teacher).sum() / (student.norm() * teacher.norm())
+        assert axes[5 * row + 1].get_xlabel() == f"{cosine.item():.2f}"
+        # group 2: the teacher's map is resized to the student's grid first
+        student, teacher = (
+            networks[name][1][row].double().square().sum(0) for name in ("student", "teacher")
+        )
+        teacher = F.interpolate(teacher[None, None], (3, 4), mode="bilinear", align_corners=False)[0, 0]
+        cosine = (student * teacher).sum() / (student.norm() * teacher.norm())
+        assert axes[5 * row + 3].get_xlabel() == f"{cosine.item():.2f}"
+        assert axes[5 * row + 2].get_xlabel() == axes[5 * row + 4].get_xlabel() == ""
+
+
+def test_equal_networks_are_alike(images: Tensor, networks: Networks) -> None:
+    same = {"one": networks["student"], "other": [3 * feature for feature in networks["student"]]}
+    axes = drawn(attention_grid(images, same, compare_to="other"))
+    assert axes[1].get_xlabel() == "1.00"
+    np.testing.assert_allclose(axes[1].images[0].get_array(), axes[2].images[0].get_array(), rtol=1e-5)
+
+
+def test_takes_ready_maps_bytes_grey_and_half_precision(images: Tensor, networks: Networks) -> None:
+    grey = (images[:, :1] * 255).to(torch.uint8)
+    features = networks["student"]
+    maps = [feature.square().sum(1) for feature in features]
+    mixed = {"features": [feature.double() for feature in features], "maps": maps}
+    axes = drawn(attention_grid(grey, mixed))
+    np.testing.assert_allclose(axes[0].images[0].get_array(), grey[0, 0] / 255)
+    for group in (0, 1):
+        one, other = (axes[1 + 2 * group + i].images[0].get_array() for i in (0, 1))
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    attention_grid(grey, {"half": [feature.bfloat16().requires_grad_() for feature in features]})
+
+
+def test_a_map_of_zeros_is_drawn_as_zeros(images: Tensor) -> None:
+    axes = drawn(attention_grid(images, {"dead": [torch.zeros(2, 4, 3, 4)]}))
+    assert np.array_equal(axes[1].images[0].get_array(), np.zeros((12, 16)))
+
+
+def test_saves_a_png(images: Tensor, networks: Networks) -> None:
+    file = io.BytesIO()
+    attention_grid(images, networks, labels=["a", "b"], compare_to="teacher").savefig(file, format="png")
+    assert file.getvalue().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"images": torch.rand(2, 2, 8, 8)}, r"\(2, 2, 8, 8\)"),
+        ({"images": torch.rand(3, 8, 8)}, r"\(3, 8, 8\)"),
+        ({"images": torch.rand(0, 3, 8, 8)}, r"\(0, 3, 8, 8\)"),
+        ({"images": torch.rand(5, 3, 8, 8)}, r"student, group 0: .* of 5 images, got \(2, 4, 6, 8\)"),
+        ({"networks": {}}, "number of groups"),
+        ({"networks": {"a": []}}, "number of groups"),
+        ({"networks": {"a": [torch.rand(2, 4)]}}, r"a, group 0: .*got \(2, 4\)"),
+        ({"networks": {"a": [torch.rand(2, 4, 4)], "b": [torch.rand(2, 4, 4)] * 2}}, "'a': 1, 'b': 2"),
+        ({"groups": ["one"]}, "1 group headings for 2 groups"),
+        ({"labels": ["one"]}, "1 labels for 2 images"),
+        ({"compare_to": "techer"}, "techer.*student.*teacher"),
+    ],
+)
+def test_refuses_what_does_not_fit(
+    images: Tensor, networks: Networks, change: dict[str, object], message: str
+) -> None:
+    arguments: dict[str, object] = {"images": images, "networks": networks} | change
+    with pytest.raises(ValueError, match=message):
+        attention_grid(**arguments)  # type: ignore[arg-type]
+
+
+def test_matplotlib_is_imported_only_to_draw() -> None:
+    code = "import sys, at_fused.visualize; print('matplotlib' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_says_so_where_matplotlib_is_missing(
+    images: Tensor, networks: Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        attention_grid(images, networks)
