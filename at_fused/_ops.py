@@ -23,7 +23,8 @@ _library.define(
 )
 _library.define(
     "attention_loss(Tensor[] students, Tensor[] teachers, float[] weights, float p, str mapping, float eps, "
-    "bool reduce, bool student_slopes, bool teacher_slopes, str backend) -> (Tensor loss, Tensor[] slopes)"
+    "bool reduce, bool student_slopes, bool teacher_slopes, bool student_grads, str backend) "
+    "-> (Tensor loss, Tensor[] slopes, Tensor[] grads)"
 )
 _maps_op = torch.ops.at_fused.attention_maps.default
 _maps_backward_op = torch.ops.at_fused.attention_maps_backward.default
@@ -48,7 +49,7 @@ def _attention_maps_backward(
 
 def _attention_loss(
     students: list[Tensor], teachers: list[Tensor], weights: list[float], *options: Any
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return _backend(options[-1]).attention_loss(students, teachers, weights, *options[:-1])
 
 
@@ -83,10 +84,12 @@ def _fake_loss(
     reduce: bool,
     student_slopes: bool,
     teacher_slopes: bool,
+    student_grads: bool,
     backend: str,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     sides = [*(students if student_slopes else ()), *(teachers if teacher_slopes else ())]
-    return empty_loss(students, teachers, reduce), [empty_map(feat) for feat in sides]
+    grads = [torch.empty_like(feat) for feat in students] if student_grads else []
+    return empty_loss(students, teachers, reduce), [empty_map(feat) for feat in sides], grads
 
 
 # --- autograd ---------------------------------------------------------------------------------------
@@ -149,27 +152,42 @@ class _MapsBackward(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
+    # Whether the last upstream gradient was 1, as it is when beta is among the weights. The gradients are then
+    # computed together with the loss. A wrong guess costs time and never changes a bit of the result.
+    expects_one = True
+
     @staticmethod
     def forward(
         ctx: Any, weights: list[float], options: tuple[Any, ...], backend: str, *feats: Tensor
     ) -> tuple[Tensor, ...]:
         count = len(weights)
-        p, mapping, eps, reduce, student_slopes, teacher_slopes = options
-        student_slopes = student_slopes or any(ctx.needs_input_grad[3 : 3 + count])
-        teacher_slopes = teacher_slopes or any(ctx.needs_input_grad[3 + count :])
-        options = (p, mapping, eps, reduce, student_slopes, teacher_slopes)
+        p, mapping, eps, reduce, student_slopes, teacher_slopes, student_grads = options
+        student_needs, teacher_needs = ctx.needs_input_grad[3 : 3 + count], ctx.needs_input_grad[3 + count :]
+        student_slopes = student_slopes or any(student_needs)
+        teacher_slopes = teacher_slopes or any(teacher_needs)
+        ahead = (
+            _Loss.expects_one
+            and reduce
+            and all(student_needs)
+            and not any(teacher_needs)
+            and _backend(backend).single_pass()
+            and all(type(feat) is Tensor for feat in feats)  # tracing can't look at the upstream gradient
+        )
+        options = (p, mapping, eps, reduce, student_slopes, teacher_slopes, student_grads or ahead)
         with torch._C._AutoDispatchBelowAutograd():
-            loss, slopes = _loss_op(list(feats[:count]), list(feats[count:]), weights, *options, backend)
+            loss, slopes, grads = _loss_op(list(feats[:count]), list(feats[count:]), weights, *options, backend)
         ctx.weights, ctx.options, ctx.backend = weights, options, backend
+        ctx.ready = grads if ahead else None
         ctx.save_for_backward(*feats, *slopes)
-        ctx.mark_non_differentiable(*slopes)
+        outputs = (*slopes, *(grads if student_grads else ()))
+        ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
-        return loss, *slopes
+        return loss, *outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         count = len(ctx.weights)
-        p, mapping, eps, reduce, student_slopes, _teacher_slopes = ctx.options
+        p, mapping, eps, reduce, student_slopes, *_rest = ctx.options
         saved = ctx.saved_tensors  # read once: each read unpacks, which checkpointing allows only once
         feats, slopes = saved[: 2 * count], saved[2 * count :]
         needed = ctx.needs_input_grad[3:]
@@ -189,17 +207,18 @@ class _Loss(torch.autograd.Function):
 
             return None, None, None, *_recomputed_gradients(recompute, feats, needed, (grad,))
 
+        if reduce and type(grad) is Tensor and _backend(ctx.backend).single_pass():
+            _Loss.expects_one = _backend(ctx.backend).is_one(grad)
+            # Handed out once, and without a second reference, so that autograd need not copy them.
+            ready, ctx.ready = ctx.ready, None
+            if ready is not None and _Loss.expects_one:
+                return None, None, None, *ready, *[None] * count
+
         wanted = [i for i in range(2 * count) if needed[i]]
         first_slope = 0 if student_slopes else count
         scale = grad if reduce else _pick(grad, [i % count for i in wanted])
-        computed = _maps_backward_op(
-            [feats[i] for i in wanted],
-            [slopes[i - first_slope] for i in wanted],
-            scale,
-            p,
-            mapping,
-            ctx.backend,
-        )
+        wanted_feats, wanted_slopes = [feats[i] for i in wanted], [slopes[i - first_slope] for i in wanted]
+        computed = _maps_backward_op(wanted_feats, wanted_slopes, scale, p, mapping, ctx.backend)
         for i, feat_grad in zip(wanted, computed, strict=True):
             grads[i] = feat_grad
         return None, None, None, *grads
@@ -257,10 +276,11 @@ def _maps_backward_autograd(
 
 def _loss_autograd(
     students: list[Tensor], teachers: list[Tensor], weights: list[float], *options: Any
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     if _requires_grad(students, teachers):
-        loss, *slopes = _Loss.apply(weights, options[:-1], options[-1], *students, *teachers)
-        return loss, slopes
+        loss, *rest = _Loss.apply(weights, options[:-1], options[-1], *students, *teachers)
+        slopes = len(rest) - len(students) * options[-2]
+        return loss, rest[:slopes], rest[slopes:]
     with torch._C._AutoDispatchBelowAutograd():
         return _loss_op(students, teachers, weights, *options)
 

@@ -18,7 +18,7 @@ def empty_map(feat: Tensor) -> Tensor:
 
 def pair_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     """The dtype in which a pair's maps are compared: fp64 as soon as one side is."""
-    return accumulation_dtype(torch.promote_types(student.dtype, teacher.dtype))
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
 def empty_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], reduce: bool) -> Tensor:

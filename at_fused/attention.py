@@ -131,8 +131,8 @@ def attention_loss(
     feats = (*students, *teachers)
     backend = backends.select(backend, feats, p, mapping)
     if backend != "reference" and normalize == "l2" and distance == "mse" and comparable:
-        loss, _ = torch.ops.at_fused.attention_loss(
-            students, teachers, factors, float(p), mapping, float(eps), reduce, False, False, backend
+        loss, *_ = torch.ops.at_fused.attention_loss(
+            students, teachers, factors, float(p), mapping, float(eps), reduce, False, False, False, backend
         )
         return loss
 

@@ -170,8 +170,8 @@ def test_opcheck(mapping: str, backend: str) -> None:
     for scale in (None, torch.tensor([1.0, 2.0], device=device)):
         args = (s_feats, maps, scale, 2.0, mapping, backend)
         torch.library.opcheck(ops.attention_maps_backward.default, args)
-    for reduce, slopes in [(True, False), (False, True)]:
-        args = (s_feats, t_feats, [1.0, 0.5], 2.0, mapping, 1e-12, reduce, slopes, slopes, backend)
+    for reduce, slopes, grads in [(True, False, False), (False, True, False), (True, True, True)]:
+        args = (s_feats, t_feats, [1.0, 0.5], 2.0, mapping, 1e-12, reduce, slopes, slopes, grads, backend)
         torch.library.opcheck(ops.attention_loss.default, args)
 
 

@@ -60,11 +60,22 @@ def attention_loss(
     reduce: bool,
     student_slopes: bool,
     teacher_slopes: bool,
-) -> tuple[Tensor, list[Tensor]]:
+    student_grads: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     loss = empty_loss(students, teachers, reduce)
     sides = [*(students if student_slopes else ()), *(teachers if teacher_slopes else ())]
     slopes = [empty_map(feat) for feat in sides]
+    grads = [torch.empty_like(feat) for feat in students] if student_grads else []
     torch.ops.at_fused_cpu.attention_loss(
-        students, teachers, weights, loss, slopes, p, mapping == "max", eps, student_slopes, teacher_slopes
+        students, teachers, weights, loss, slopes, grads, p, mapping == "max", eps, student_slopes, teacher_slopes
     )
-    return loss, slopes
+    return loss, slopes, grads
+
+
+def single_pass() -> bool:
+    """A sample fits the cache: its gradient costs a write, not another read."""
+    return True
+
+
+def is_one(scale: Tensor) -> bool:
+    return float(scale) == 1

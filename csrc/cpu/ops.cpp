@@ -125,13 +125,16 @@ void attention_maps_backward(std::vector<Tensor> tensors, std::vector<Tensor> sl
 }
 
 // `slopes` lists the students' (if asked for), then the teachers' (if asked for); `loss` is () or (n_pairs,).
+// `grads`, if not empty, receives the students' gradients while each sample is still in the cache.
 void attention_loss(std::vector<Tensor> student_tensors, std::vector<Tensor> teacher_tensors,
-                    std::vector<double> weights, Tensor loss, std::vector<Tensor> slopes, double p, bool max,
-                    double eps, bool student_slopes, bool teacher_slopes) {
+                    std::vector<double> weights, Tensor loss, std::vector<Tensor> slopes, std::vector<Tensor> grads,
+                    double p, bool max, double eps, bool student_slopes, bool teacher_slopes) {
   const auto students = features_of(student_tensors), teachers = features_of(teacher_tensors);
+  const auto outs = features_of(grads);
   const size_t pairs = students.size();
   STD_TORCH_CHECK(teachers.size() == pairs && weights.size() == pairs &&
-                      slopes.size() == (size_t{student_slopes} + size_t{teacher_slopes}) * pairs,
+                      slopes.size() == (size_t{student_slopes} + size_t{teacher_slopes}) * pairs &&
+                      (outs.empty() || (outs.size() == pairs && student_slopes)),
                   "at_fused: lists of different lengths");
   const size_t first_teacher_slope = student_slopes ? pairs : 0;
   std::vector<std::vector<double>> distances(pairs);
@@ -155,11 +158,12 @@ void attention_loss(std::vector<Tensor> student_tensors, std::vector<Tensor> tea
     char* student_map = student_slopes ? map_row(slopes[i], student, sample) : spare;
     char* teacher_map =
         teacher_slopes ? map_row(slopes[first_teacher_slope + i], teacher, sample) : spare + map_bytes;
-    kernels().map(student, sample, {p, max}, student_map);
     kernels().map(teacher, sample, {p, max}, teacher_map);
+    kernels().map(student, sample, {p, max}, student_map);
     distances[i][sample] = kernels().distance(student_map, teacher_map, student.positions(),
                                               student.dtype == DType::f64, eps, factors[i], student_slopes,
                                               teacher_slopes);
+    if (!outs.empty()) kernels().map_backward(student, outs[i], sample, {p, max}, student_map, 1, scratch);
   });
 
   // Summed in the order of the samples, so that the result does not depend on the number of threads.
@@ -192,7 +196,7 @@ STABLE_TORCH_LIBRARY(at_fused_cpu, library) {
       "bool max) -> ()");
   library.def(
       "attention_loss(Tensor[] students, Tensor[] teachers, float[] weights, Tensor(a!) loss, Tensor(b!)[] slopes, "
-      "float p, bool max, float eps, bool student_slopes, bool teacher_slopes) -> ()");
+      "Tensor(c!)[] grads, float p, bool max, float eps, bool student_slopes, bool teacher_slopes) -> ()");
   library.def("instruction_set() -> str");
 }
 
