@@ -23,7 +23,7 @@ setup: $(READY) ## make .venv, install what is needed, build the kernel
 $(BIN)/python:
 	@echo "[setup] $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "at_fused needs Python 3.10 or newer: make setup PYTHON=python3.x")'
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -f $(BIN)/python*; echo "[setup] no venv: apt install python3-venv"; exit 1; }
 
 $(READY): $(INPUTS) | $(BIN)/python
 	@echo "[setup] $(TORCH)"
