@@ -133,7 +133,8 @@ def distance_and_slope(s: Array, t: Array, distance: str, order: float) -> tuple
     size = (
         (order - 1) * np.where(ratio > 0, ratio, 1.0) ** (order - 2) * ratio_size + ratio ** (order - 1)
     ) / batch
-    return float(norm.mean()), float(total_norm.mean()), slope, np.where(norm > 0, size, 0.0)
+    # Maps equal here may differ by roundings elsewhere, which decide the direction: nothing to compare.
+    return float(norm.mean()), float(total_norm.mean()), slope, np.where(norm > 0, size, 1e15)
 
 
 # --- the loss -------------------------------------------------------------------------------------
