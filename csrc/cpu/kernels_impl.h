@@ -100,6 +100,22 @@ struct Max {
   V operator()(V a, V b) const { return select((Mask<V>)(b > a) | (Mask<V>)(b != b), b, a); }
 };
 
+// --- memory ---
+
+// How far ahead of its use a line is asked for: the processors' own prefetchers stop at every 4 KiB page, which
+// are a few rows here. Asking beyond the end of a tensor is harmless.
+constexpr int64_t ahead_bytes = 2048;
+
+template <class T>
+void prefetch(const T* x) {
+  __builtin_prefetch(reinterpret_cast<const char*>(x) + ahead_bytes);
+}
+
+template <class T>
+void prefetch_for_write(T* x) {
+  __builtin_prefetch(reinterpret_cast<char*>(x) + ahead_bytes, 1);
+}
+
 // --- map ---
 
 template <int count, class T, class Scalar, class Join>
@@ -113,6 +129,7 @@ void join_channels(const T* x, int64_t channel_stride, int64_t stride, int64_t l
   int64_t i = 0;
   if (stride == 1 && length >= lanes<V>) {
     for (; i + lanes<V> <= length; i += lanes<V>) {
+      for (int c = 0; c < count; ++c) __builtin_prefetch(x + (count + c) * channel_stride + i);
       store(map + i, join(load(map + i), joined([&](const T* channel) { return load(channel + i); })));
     }
     if (i < length) {  // a whole vector again, of which only the new lanes count: 0 is neutral to every join
@@ -148,7 +165,10 @@ void map_over_channels(const T* x, int64_t channels, int64_t stride, int64_t len
   const auto position = [&](const T* row) {
     V sum{};
     int64_t c = 0;
-    for (; c + lanes<V> <= channels; c += lanes<V>) sum = join(sum, join.value(load(row + c)));
+    for (; c + lanes<V> <= channels; c += lanes<V>) {
+      prefetch(row + c);
+      sum = join(sum, join.value(load(row + c)));
+    }
     if (c < channels) sum = join(sum, join.value(load_some(row + c, 1, channels - c)));
     return sum;
   };
@@ -200,7 +220,10 @@ void backward_over_positions(const T* x, T* grad, int64_t stride, int64_t grad_s
                              const Scalar* slope, Power power) {
   using V = typename Accumulator<T>::V;
   if (stride == 1 && grad_stride == 1 && length >= lanes<V>) {
-    const auto at = [&](int64_t i) { store(grad + i, load(slope + i) * power.slope(load(x + i))); };
+    const auto at = [&](int64_t i) {
+      prefetch_for_write(grad + i);
+      store(grad + i, load(slope + i) * power.slope(load(x + i)));
+    };
     int64_t i = 0;
     for (; i + lanes<V> <= length; i += lanes<V>) at(i);
     if (i < length) at(length - lanes<V>);  // the last lanes once more, with the same result
@@ -220,7 +243,10 @@ void backward_over_channels(const T* x, T* grad, int64_t stride, int64_t grad_st
   for (int64_t i = 0; i < length; ++i, x += stride, grad += grad_stride) {
     const V factor = splat<V>(slope[i]);
     int64_t c = 0;
-    for (; c + lanes<V> <= channels; c += lanes<V>) store(grad + c, factor * power.slope(load(x + c)));
+    for (; c + lanes<V> <= channels; c += lanes<V>) {
+      prefetch_for_write(grad + c);
+      store(grad + c, factor * power.slope(load(x + c)));
+    }
     if (c < channels) {
       store_some(grad + c, 1, channels - c, factor * power.slope(load_some(x + c, 1, channels - c)));
     }
