@@ -66,7 +66,7 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.reporter = reporting.Reporter(ranks.first)
-        self.folder, stored = _output_folder(config)
+        self.folder, self.resumed_from, stored = _output_folder(config)
         self.dataset = data.load(config, ranks.device)
         size = len(self.dataset.train)
         tail = size % config.batch_size
@@ -81,14 +81,16 @@ class Run:
             self.last_step = min(self.last_step, config.max_steps)
 
         self._create_models()
-        # fused: one kernel over all parameters, and fp16's inf check stays on the device
+        # fused: one kernel over all parameters, and on CUDA fp16's inf check stays on the device. The CPU's
+        # does not undo the loss scale (seen in torch 2.13: a scaled gradient was applied as it was).
+        fused = ranks.device.type == "cuda" or config.amp != "fp16"
         self.optimizer = torch.optim.SGD(
             [parameter for parameter in self.student.parameters() if parameter.requires_grad],
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
-            fused=True,
+            fused=fused,
         )
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.objective = Objective(config)
@@ -167,6 +169,8 @@ class Run:
         if progress.step:
             reporter.say(f"continuing from step {progress.step} of {self.last_step}")
             self._write_metrics()  # a line that the checkpoint does not know of belongs to a lost epoch
+            if self.resumed_from != self.folder / "checkpoint.pt":
+                self._save()
         with closing(distributed.StopRequest(self.ranks)) as stop, closing(reporter):
             reporter.open(self.folder, self.last_step, progress.step)
             while progress.step < self.last_step:
@@ -357,8 +361,8 @@ def _set_up_torch(config: Config, ranks: Ranks) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for debugging
 
 
-def _output_folder(config: Config) -> tuple[Path, dict[str, Any] | None]:
-    """The output folder and the checkpoint to continue from, once both are known to belong to this run."""
+def _output_folder(config: Config) -> tuple[Path, Path, dict[str, Any] | None]:
+    """The output folder, the checkpoint to continue from and what it holds, known to belong to this run."""
     if config.output_dir is None:
         raise ConfigError("output-dir is required")
     folder = config.output_dir
@@ -373,7 +377,7 @@ def _output_folder(config: Config) -> tuple[Path, dict[str, Any] | None]:
     path = folder / "checkpoint.pt"
     if config.resume in ("auto", "never"):
         if not path.exists():
-            return folder, None  # empty, or killed before its first checkpoint
+            return folder, path, None  # empty, or killed before its first checkpoint
     else:
         other = Path(config.resume)
         other = other / "checkpoint.pt" if other.is_dir() else other
@@ -386,7 +390,7 @@ def _output_folder(config: Config) -> tuple[Path, dict[str, Any] | None]:
     if not isinstance(stored.get("config"), dict):
         raise ConfigError(f"checkpoint {path} cannot be resumed from: it is not a run's checkpoint.pt")
     _check_same_run(stored["config"], config, f"checkpoint {path}")
-    return folder, stored
+    return folder, path, stored
 
 
 def _stored_config(folder: Path) -> dict[str, Any]:

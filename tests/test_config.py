@@ -1,0 +1,256 @@
+"""Keys, flags, recipes and schedules: numbers against formulas, mistakes against their one line."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from trainer import schedules
+from trainer.config import Config, ConfigError, differing_keys, load_recipe, make_config, parse_args
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = {"dataset": "digits", "student": "wrn-10-1"}
+CONTRACT = [
+    "dataset",
+    "data-dir",
+    "student",
+    "teacher",
+    "teacher-checkpoint",
+    "method",
+    "taps",
+    "p",
+    "mapping",
+    "normalize",
+    "distance",
+    "beta",
+    "beta-schedule",
+    "at-start-epoch",
+    "temperature",
+    "alpha",
+    "epochs",
+    "batch-size",
+    "lr",
+    "lr-schedule",
+    "weight-decay",
+    "seed",
+    "amp",
+    "channels-last",
+    "compile",
+    "backend",
+    "workers",
+    "output-dir",
+    "resume",
+    "max-steps",
+    "limit-train",
+    "limit-test",
+    "threads",
+    "freeze-bn",
+    "freeze",
+    "sync-bn",
+    "pretrained",
+]
+
+
+def config(**keys: object) -> Config:
+    return make_config(BASE | {key.replace("_", "-"): value for key, value in keys.items()})
+
+
+def test_every_key_of_the_contract_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_args(["--help"])
+    assert end.value.code == 0
+    words = capsys.readouterr().out.split()
+    assert [key for key in CONTRACT if f"--{key}" not in words] == []
+    assert set(CONTRACT) <= set(yaml.safe_load(config().to_yaml()))
+
+
+def test_defaults_are_the_authors() -> None:
+    c = config()
+    assert (c.lr, c.momentum, c.nesterov, c.weight_decay) == (0.1, 0.9, False, 5e-4)
+    assert (c.batch_size, c.epochs, c.lr_milestones, c.lr_gamma) == (128, 200, [60, 120, 160], 0.2)
+    assert (c.beta, c.p, c.temperature, c.alpha) == (1000.0, 2.0, 4.0, 0.9)
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_its_base(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "base.yaml").write_text("dataset: digits\nlr: 0.5\nepochs: 7\nseed: 1\n")
+    (tmp_path / "deep/own.yaml").write_text(
+        "base: ../base.yaml\nstudent: wrn-10-1\nlr: 0.25\nweight-decay: 1e-4\n"
+    )
+    found, print_only = parse_args(
+        ["--recipe", str(tmp_path / "deep/own.yaml"), "--seed", "3", "--print-config"]
+    )
+    assert print_only
+    assert (found.epochs, found.lr, found.seed, found.weight_decay) == (7, 0.25, 3, 1e-4)
+
+
+def test_printed_config_reads_back_as_itself(tmp_path: Path) -> None:
+    once = config(
+        taps=["group1", "group3"], freeze=["conv"], lr_schedule="onecycle", limit_train=100, amp="bf16"
+    )
+    (tmp_path / "printed.yaml").write_text(once.to_yaml())
+    again, _ = parse_args(["--recipe", str(tmp_path / "printed.yaml")])
+    assert again == once
+    assert again.to_yaml() == once.to_yaml()
+
+
+@pytest.mark.parametrize(
+    "flags, key, value",
+    [
+        (["--channels-last"], "channels_last", True),
+        (["--channels-last", "false"], "channels_last", False),
+        (["--taps", "blocks"], "taps", "blocks"),
+        (["--taps", "group1,group2"], "taps", ["group1", "group2"]),
+        (["--taps", "group1", "group2"], "taps", ["group1", "group2"]),
+        (["--freeze", "conv", "group1"], "freeze", ["conv", "group1"]),
+        (["--lr-milestones", "3,5"], "lr_milestones", [3, 5]),
+        (["--lr-milestones"], "lr_milestones", []),
+        (["--max-steps", "null"], "max_steps", None),
+        (["--normalize", "none"], "normalize", "none"),
+    ],
+)
+def test_flag_values(flags: list[str], key: str, value: object) -> None:
+    found, _ = parse_args(["--dataset", "digits", "--student", "wrn-10-1", *flags])
+    assert getattr(found, key) == value
+
+
+AT = {"teacher": "wrn-10-2", "teacher-checkpoint": "t.pt"}
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"bata": 3}, ["bata", "did you mean beta"]),
+        ({"method": "at"}, ["method at needs teacher"]),
+        ({"method": "kd", "teacher": "wrn-10-2"}, ["method kd needs teacher-checkpoint"]),
+        ({"dataset": "cifar10"}, ["cifar10 needs data-dir"]),
+        ({"dataset": "mnist"}, ["dataset", "'mnist'"]),
+        ({"dataset": "imagefolder", "data-dir": "x"}, ["imagefolder is not available yet"]),
+        ({"method": "hints"}, ["method hints is not available yet"]),
+        ({"method": "grad-at"}, ["method grad-at is not available yet"]),
+        ({"method": "symmetry"}, ["method symmetry is not available yet"]),
+        ({"method": "min-l2"}, ["method min-l2 is not available yet"]),
+        ({"pretrained": True}, ["pretrained true is not available yet"]),
+        ({"p": 0.5}, ["p: ", "'0.5'"]),
+        ({"beta": -1}, ["beta: ", "'-1'"]),
+        ({"lr": "fast"}, ["lr: ", "'fast'"]),
+        ({"lr": float("nan")}, ["lr: "]),
+        ({"epochs": 0}, ["epochs: ", "'0'"]),
+        ({"alpha": 1.5}, ["alpha: "]),
+        ({"temperature": 0}, ["temperature: "]),
+        ({"lr-schedule": "bumpy"}, ["lr-schedule: ", "'onecycle'", "'bumpy'"]),
+        ({"beta-schedule": "bumpy"}, ["beta-schedule: ", "'bumpy'"]),
+        ({"backend": "abacus"}, ["backend abacus", "reference"]),
+        ({**AT, "method": "at", "beta-schedule": "step"}, ["beta-milestones"]),
+        ({"epochs": 0, "lr": -1}, ["epochs: ", "lr: "]),
+    ],
+)
+def test_mistakes_are_refused_in_one_line(keys: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(BASE | keys)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("- a\n", "mapping"),
+        ("a: [", "not YAML"),
+        ("base: own.yaml\n", "its own base"),
+        ("base: nope.yaml\n", "nope"),
+    ],
+)
+def test_bad_recipes(tmp_path: Path, text: str, word: str) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=word):
+        load_recipe(tmp_path / "own.yaml")
+
+
+def test_unknown_flag_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown flag --epoch .did you mean --epochs"):
+        parse_args(["--student", "wrn-10-1", "--epoch", "3"])
+
+
+def test_beta_decays_beside_distillation_only() -> None:
+    assert config(**AT, method="at").beta_schedule == "constant"
+    assert config(**AT, method="at+kd").beta_schedule == "linear"
+    assert config(**AT, method="at+kd", beta_schedule="constant").beta_schedule == "constant"
+
+
+def test_differing_keys() -> None:
+    old = yaml.safe_load(config(seed=1, output_dir="a", max_steps=3, data_dir="x").to_yaml())
+    assert differing_keys(old, config(seed=1, output_dir="b", resume="never", workers=2)) == []
+    assert differing_keys(old, config(seed=2, lr=0.3)) == ["lr", "seed"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_are_valid(path: Path) -> None:
+    keys = {"student": "wrn-16-1", "data-dir": "d", "teacher-checkpoint": "t.pt"} | load_recipe(path)
+    assert make_config(keys)
+
+
+# --- schedules --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs, per_epoch, warmup", [(12, 391, 0.3), (3, 7, 0.2)])
+def test_onecycle_is_torchs(epochs: int, per_epoch: int, warmup: float) -> None:
+    c = config(lr=0.2, epochs=epochs, lr_schedule="onecycle", lr_warmup=warmup)
+    total = epochs * per_epoch
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    torchs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.2, total_steps=total, pct_start=warmup, cycle_momentum=False
+    )
+    for step in range(total):
+        assert schedules.learning_rate(c, step, per_epoch) == pytest.approx(
+            torchs.get_last_lr()[0], rel=1e-12
+        )
+        optimizer.step()
+        if step + 1 < total:
+            torchs.step()
+
+
+@pytest.mark.parametrize("total, warmup", [(1, 0.3), (2, 0.5), (3, 0.3), (5, 0.0)])
+def test_onecycle_of_few_steps_starts_at_its_peak_and_ends_low(total: int, warmup: float) -> None:
+    c = config(lr=0.2, epochs=total, lr_schedule="onecycle", lr_warmup=warmup)
+    rates = [schedules.learning_rate(c, step, 1) for step in range(total)]
+    assert rates[0] == pytest.approx(0.2, rel=0.5)
+    assert total == 1 or rates[-1] == pytest.approx(0.2 / 25e4)
+
+
+def test_step_schedule_is_the_authors() -> None:
+    c = config()
+    at_epochs = {0: 0.1, 59: 0.1, 60: 0.02, 119: 0.02, 120: 0.004, 159: 0.004, 160: 0.0008, 199: 0.0008}
+    for epoch, rate in at_epochs.items():
+        for step in (epoch * 391, epoch * 391 + 390):
+            assert schedules.learning_rate(c, step, 391) == pytest.approx(rate, rel=1e-12)
+
+
+def test_cosine_and_constant_schedules() -> None:
+    c = config(lr=0.4, epochs=4, lr_schedule="cosine")
+    for step in range(40):
+        assert schedules.learning_rate(c, step, 10) == pytest.approx(
+            0.2 * (1 + math.cos(math.pi * step / 40))
+        )
+    assert schedules.learning_rate(config(lr=0.4, lr_schedule="constant"), 7, 10) == 0.4
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",  # at the beginning of epochs 0..5, of 6, with AT from epoch 2 on
+    [
+        ("constant", [0, 0, 8, 8, 8, 8]),
+        ("linear", [0, 0, 8, 6, 4, 2]),
+        ("cosine", [0, 0, 8, 4 + 4 * math.sqrt(0.5), 4, 4 - 4 * math.sqrt(0.5)]),
+        ("step", [0, 0, 8, 8, 2, 0.5]),
+    ],
+)
+def test_beta_schedules(schedule: str, expected: list[float]) -> None:
+    keys = {"beta": 8, "epochs": 6, "at_start_epoch": 2, "beta_milestones": [4, 5], "beta_gamma": 0.25}
+    c = config(**AT, **keys, method="at", beta_schedule=schedule)
+    assert [schedules.beta(c, 5 * epoch, 5) for epoch in range(6)] == pytest.approx(expected, abs=1e-12)
+    assert schedules.beta(config(), 0, 5) == 0

@@ -1,0 +1,463 @@
+"""The trainer end to end, on a few digits: artefacts, losses, determinism, exit codes, resuming, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+import models
+import train
+from trainer import checkpoint, data, engine
+from trainer.config import make_config
+from trainer.distributed import Ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "dataset": "digits",
+    "limit-train": 200,
+    "limit-test": 100,
+    "batch-size": 64,  # 3 batches and one of 8
+    "epochs": 3,
+    "student": "wrn-10-1",
+    "lr-schedule": "onecycle",
+    "threads": 1,
+}
+TIMING = ("seconds", "images_per_second")
+
+
+def flags(keys: dict[str, Any]) -> list[str]:
+    return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+
+
+def run(folder: Path, **keys: Any) -> int:
+    """train.py in this process; the threads it sets are set back by the fixture."""
+    return train.main(
+        flags(SMALL | {k.replace("_", "-"): v for k, v in keys.items()} | {"output-dir": folder})
+    )
+
+
+def metrics(folder: Path, timing: bool = False) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines if timing else [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Every file under `folder` with a hash of its bytes and its time of modification."""
+    return {
+        str(
+            path.relative_to(folder)
+        ): f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.stat().st_mtime_ns}"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a teacher."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    assert run(folder, student="wrn-10-2", epochs=2) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a student with AT and KD, the longest code path."""
+    folder = tmp_path_factory.mktemp("student") / "run"
+    assert run(folder, **at_kd(teacher)) == 0
+    return folder
+
+
+def at_kd(teacher: Path) -> dict[str, Any]:
+    weights = teacher / "model.pt"
+    return {"method": "at+kd", "teacher": "wrn-10-2", "teacher_checkpoint": weights, "channels_last": "true"}
+
+
+# --- what a run leaves ------------------------------------------------------------------------------
+
+
+def test_artefacts(teacher: Path, student: Path) -> None:
+    names = {path.name for path in student.iterdir() if not path.name.startswith("events.out.tfevents")}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoint.pt",
+        "model.pt",
+        "curves.png",
+    }
+    assert len(list(student.glob("events.out.tfevents*"))) == 1
+    assert (student / "curves.png").read_bytes().startswith(b"\x89PNG")
+    stored = yaml.safe_load((student / "config.yaml").read_text())
+    assert stored["beta-schedule"] == "linear"
+
+    lines = metrics(student, timing=True)
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert list(line) == [
+            "epoch", "lr", "train_loss", "ce_loss", "at_loss", "kd_loss",
+            "train_error", "test_error", "images_per_second", "seconds",
+        ]  # fmt: skip
+        assert line["train_loss"] == pytest.approx(line["at_loss"] + line["kd_loss"], rel=1e-6)
+        assert line["at_loss"] > 0
+        assert line["images_per_second"] == pytest.approx(200 / line["seconds"])
+    assert lines[2]["at_loss"] < lines[0]["at_loss"]  # beta decays
+
+    summary = json.loads((student / "summary.json").read_text())
+    errors = [line["test_error"] for line in lines]
+    assert summary == {
+        "last_test_error": errors[-1],
+        "best_test_error": min(errors),
+        "teacher_test_error": metrics(teacher)[-1]["test_error"],  # reproduced from its weights
+        "epochs": 3,
+        "parameters": sum(p.numel() for p in models.create("wrn-10-1").parameters()),
+        "method": "at+kd",
+        "seed": 0,
+    }
+
+
+def test_model_has_the_reported_test_error(student: Path) -> None:
+    model = models.create("wrn-10-1")
+    model.load_state_dict(torch.load(student / "model.pt", weights_only=True))
+    config = make_config(SMALL)
+    test = data.load(config, torch.device("cpu")).test
+    images = ((test.images.float() - 77.8) / 81.1).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        wrong = sum(
+            int(model.eval()(image[None]).argmax() != label)
+            for image, label in zip(images, test.labels, strict=True)
+        )
+    assert metrics(student)[-1]["test_error"] == 100 * wrong / 100
+
+
+def test_same_seed_same_run_and_another_seed_another(teacher: Path, student: Path, tmp_path: Path) -> None:
+    for seed, same in ((0, True), (1, False)):
+        folder = tmp_path / str(seed)
+        assert run(folder, **at_kd(teacher), seed=seed) == 0
+        assert (metrics(folder) == metrics(student)) is same
+        assert ((folder / "model.pt").read_bytes() == (student / "model.pt").read_bytes()) is same
+
+
+@pytest.mark.parametrize("method", ["none", "at", "kd", "at+kd"])
+def test_training_step_against_a_plain_loop(method: str, teacher: Path, tmp_path: Path) -> None:
+    """Two epochs, the tail batch and augmentation included, as anybody would write them."""
+    keys = SMALL | {
+        "epochs": 2,
+        "lr-schedule": "constant",
+        "lr": 0.01,
+        "output-dir": str(tmp_path),
+        "method": method,
+    }
+    keys |= {
+        "teacher": "wrn-10-2",
+        "teacher-checkpoint": str(teacher / "model.pt"),
+        "beta": 300,
+        "weight-decay": 0.1,
+    }
+    ours = engine.Run(make_config(keys), Ranks(0, 1, torch.device("cpu")))
+    plain = models.create("wrn-10-1")
+    plain.load_state_dict(ours.student.state_dict())
+    guide = models.create("wrn-10-2").eval()
+    guide.load_state_dict(torch.load(teacher / "model.pt", weights_only=True))
+    optimizer = torch.optim.SGD(plain.parameters(), 0.01, 0.9, weight_decay=0.1)
+
+    def groups(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        x = model.conv(x)
+        feats = []
+        for group in (model.group1, model.group2, model.group3):
+            x = group(x)
+            feats.append(x)
+        return model.fc(F.relu(model.bn(x)).mean((2, 3))), feats
+
+    totals = []
+    for epoch in range(2):
+        plan = data.plan_epoch(ours.dataset, 0, epoch)
+        total = 0.0
+        plain.train()
+        for i in range(4):
+            x, y = data.training_batch(ours.dataset, plan, slice(64 * i, min(64 * i + 64, 200)))
+            x = x.contiguous()
+            logits, s_feats = groups(plain, x)
+            with torch.no_grad():
+                t_logits, t_feats = groups(guide, x)
+            ce = F.cross_entropy(logits, y)
+            soft = F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(t_logits / 4, 1), reduction="batchmean")
+            at = sum(
+                (F.normalize(s.pow(2).mean(1).flatten(1)) - F.normalize(t.pow(2).mean(1).flatten(1)))
+                .pow(2)
+                .mean()
+                for s, t in zip(s_feats, t_feats, strict=True)
+            )
+            beta = 300 * (1 - (4 * epoch + i) / 8) if method == "at+kd" else 300
+            loss = 0.9 * 16 * soft + 0.1 * ce if "kd" in method else ce
+            loss = loss + beta * at if "at" in method else loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(y)
+        totals.append(total / 200)
+    start = [weight.clone() for weight in ours.student.state_dict().values()]
+    assert ours.train() == 0
+    # Rounding differs (fp32, another order of sums), and early training magnifies it.
+    assert [line["train_loss"] for line in metrics(tmp_path)] == pytest.approx(totals, rel=1e-3)
+    ends = zip(start, ours.student.state_dict().items(), plain.state_dict().values(), strict=True)
+    for before, (name, after), expected in ends:
+        if after.is_floating_point():
+            difference = (after - expected).norm() / (expected - before).norm()
+            assert difference < 0.02, name
+
+
+def test_at_starts_at_its_epoch(teacher: Path, tmp_path: Path) -> None:
+    keys = at_kd(teacher) | {"method": "at"}
+    assert run(tmp_path / "late", **keys, at_start_epoch=1, epochs=2) == 0
+    assert [line["at_loss"] > 0 for line in metrics(tmp_path / "late")] == [False, True]
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_autocast_trains(amp: str, teacher: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "run", **at_kd(teacher), amp=amp, epochs=1, limit_train=72, limit_test=20) == 0
+    (line,) = metrics(tmp_path / "run")
+    assert np.isfinite(line["train_loss"])
+    saved = torch.load(tmp_path / "run/model.pt", weights_only=True)
+    assert saved["conv.weight"].dtype == torch.float32
+    if amp == "fp16":
+        assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["scaler"]["scale"] > 1
+
+
+def test_frozen_parts_do_not_move(tmp_path: Path) -> None:
+    keys = {"freeze": "conv,group1", "freeze_bn": "true", "epochs": 1, "lr": 0.1}
+    assert run(tmp_path / "run", **keys) == 0
+    torch.manual_seed(0)
+    start = models.create("wrn-10-1").state_dict()
+    end = torch.load(tmp_path / "run/model.pt", weights_only=True)
+    frozen = [n for n in start if n.startswith(("conv.", "group1.")) or "running" in n or "tracked" in n]
+    assert len(frozen) > 10
+    for name in start:
+        assert torch.equal(start[name], end[name]) is (name in frozen), name
+
+
+@pytest.mark.slow
+def test_compiled_run_learns_the_same(teacher: Path, tmp_path: Path) -> None:
+    keys = at_kd(teacher) | {"method": "at", "limit_train": 64, "limit_test": 64, "epochs": 2, "lr": 0.01}
+    for compiled in ("false", "true"):
+        assert run(tmp_path / compiled, **keys, compile=compiled) == 0
+    plain, fused = ([line["train_loss"] for line in metrics(tmp_path / c)] for c in ("false", "true"))
+    assert fused == pytest.approx(plain, rel=1e-4)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------
+
+
+def check_refusal(code: int, capsys: pytest.CaptureFixture[str], *words: str) -> None:
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("train.py: error: ")
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"student": "wrn-11-1"}, ["depth 6n + 4"]),
+        ({"student": "lenet"}, ["lenet", "wrn-D-K"]),
+        ({"dataset": "cifar10", "data_dir": "/nowhere"}, ["/nowhere", "cifar-10-batches-py", "data_batch_1"]),
+        (
+            {"method": "at", "teacher": "wrn-10-2", "teacher_checkpoint": "/nowhere.pt"},
+            ["/nowhere.pt", "No such"],
+        ),
+        ({"freeze": "group9"}, ["freeze", "group9"]),
+        ({"sync_bn": "true"}, ["sync-bn"]),
+        ({"resume": "/nowhere.pt"}, ["/nowhere.pt"]),
+        ({"limit_test": 9999}, ["limit-test 9999"]),
+        ({"freeze": "conv,group1,group2,group3,bn,fc"}, ["no parameter"]),
+    ],
+)
+def test_mistakes_leave_no_folder(
+    keys: dict[str, Any], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_refusal(run(tmp_path / "new", **keys), capsys, *words)
+    assert not (tmp_path / "new").exists()
+
+
+def test_wrong_teacher_checkpoints(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = (teacher / "model.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(weights[: len(weights) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.pt").write_text("not weights")
+    torch.save({"conv.weight": 3}, tmp_path / "odd.pt")
+    torch.save(models.create("wrn-10-2", num_classes=7).state_dict(), tmp_path / "classes.pt")
+    torch.save(os.system, tmp_path / "code.pt")  # must not be run, nor even named as loadable
+    expected = {
+        "cut.pt": "truncated", "empty.pt": "truncated", "text.pt": "truncated", "code.pt": "truncated",
+        "odd.pt": "no model weights", "classes.pt": "fc.bias is (7,), not (10,)",
+    }  # fmt: skip
+    for name, word in expected.items():
+        keys = {"method": "at", "teacher": "wrn-10-2", "teacher_checkpoint": tmp_path / name}
+        check_refusal(run(tmp_path / "new", **keys), capsys, name, word)
+    keys = {"method": "at", "teacher": "wrn-16-2", "teacher_checkpoint": teacher / "model.pt"}
+    check_refusal(run(tmp_path / "new", **keys), capsys, "does not fit wrn-16-2", "lacks group1.1")
+    keys = {"method": "at", "teacher": "wrn-10-2", "teacher_checkpoint": teacher / "model.pt"}
+    check_refusal(run(tmp_path / "new", **keys, taps="group1,group7"), capsys, "taps", "group7")
+    assert not (tmp_path / "new").exists()
+    keys["teacher_checkpoint"] = teacher / "checkpoint.pt"  # a whole checkpoint serves as well
+    assert run(tmp_path / "new", **keys, epochs=1, max_steps=1) == 0
+
+
+def test_blocks_of_unequal_number_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(models.create("wrn-16-1").state_dict(), tmp_path / "deep.pt")
+    keys = {
+        "method": "at",
+        "teacher": "wrn-16-1",
+        "teacher_checkpoint": tmp_path / "deep.pt",
+        "taps": "blocks",
+    }
+    check_refusal(run(tmp_path / "new", **keys), capsys, "taps blocks", "wrn-10-1 has 3", "wrn-16-1 6")
+
+
+def test_a_run_is_never_overwritten(
+    teacher: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = fingerprint(student)
+    check_refusal(run(student, **at_kd(teacher), lr=0.3, seed=4), capsys, str(student), "lr, seed differ")
+    check_refusal(run(student, **at_kd(teacher), resume="never"), capsys, "not empty")
+    check_refusal(run(student, **at_kd(teacher), resume=teacher), capsys, "would overwrite")
+    assert run(student, **at_kd(teacher)) == 0  # the same, finished
+    assert "nothing to do" in capsys.readouterr().out
+    assert fingerprint(student) == before
+
+    for damage in ("config.yaml", "checkpoint.pt"):
+        folder = tmp_path / damage
+        folder.mkdir()
+        for name in ("config.yaml", "checkpoint.pt", "metrics.jsonl"):
+            (folder / name).write_bytes((student / name).read_bytes())
+        (folder / damage).write_bytes((student / damage).read_bytes()[:200])
+        if damage == "config.yaml":
+            (folder / damage).unlink()
+        before = fingerprint(folder)
+        check_refusal(run(folder, **at_kd(teacher)), capsys, damage)
+        assert fingerprint(folder) == before
+
+    (tmp_path / "file").write_text("mine")
+    check_refusal(run(tmp_path / "file"), capsys, "not a folder")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/mine.txt").write_text("mine")
+    check_refusal(run(tmp_path / "notes", resume="never"), capsys, "not empty")
+
+
+def test_command_line_exits() -> None:
+    """As a process: the code, the one line, and a printed configuration."""
+    command = [sys.executable, "train.py", "--dataset", "digits", "--student", "wrn-10-1"]
+    bad = subprocess.run([*command, "--epochs", "many"], cwd=ROOT, capture_output=True, text=True)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("train.py: error: epochs: ")
+    assert bad.stderr.count("\n") == 1
+    good = subprocess.run(
+        [*command, "--epochs", "5", "--print-config"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (good.returncode, good.stderr) == (0, "")
+    assert yaml.safe_load(good.stdout)["epochs"] == 5
+
+
+# --- stopping and resuming --------------------------------------------------------------------------
+
+
+def start(folder: Path, **keys: Any) -> subprocess.Popen[str]:
+    values = SMALL | {k.replace("_", "-"): v for k, v in keys.items()} | {"output-dir": folder}
+    command = [sys.executable, str(ROOT / "train.py"), *flags(values)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(folder: Path, condition: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        path = folder / "checkpoint.pt"
+        if path.exists() and condition(torch.load(path, weights_only=True)["progress"]):
+            return
+        time.sleep(0.005)
+    raise AssertionError("the run ended, or never came to the point where it was to be stopped")
+
+
+def check_same(folder: Path, undisturbed: Path) -> None:
+    assert (folder / "model.pt").read_bytes() == (undisturbed / "model.pt").read_bytes()
+    assert metrics(folder) == metrics(undisturbed)
+    kept = [name for name in os.listdir(folder) if not name.startswith("events.")]
+    assert sorted(kept) == sorted(n for n in os.listdir(undisturbed) if not n.startswith("events."))
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_bit_exactly(teacher: Path, tmp_path: Path) -> None:
+    """SIGKILL in mid-epoch, twice, then SIGTERM: weights and metrics are an undisturbed run's, bitwise."""
+    keys = at_kd(teacher) | {"epochs": 16, "amp": "bf16", "checkpoint_every": 3}
+    assert run(tmp_path / "whole", **keys | {"checkpoint_every": 0}) == 0
+    folder = tmp_path / "killed"
+    for step, number in ((6, signal.SIGKILL), (17, signal.SIGKILL), (25, signal.SIGTERM)):
+        process = start(folder, **keys)
+        wait_for(
+            folder, lambda progress, step=step: progress["step"] >= step and progress["step"] % 4, process
+        )
+        process.send_signal(number)
+        code = process.wait(60)
+        assert code == (-9 if number == signal.SIGKILL else 143)
+        assert not (folder / "model.pt").exists()
+    assert 25 <= torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]["step"] < 64
+    process = start(folder, **keys)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "continuing from step" in output
+    check_same(folder, tmp_path / "whole")
+
+
+def test_interrupted_at_every_step_is_the_same_run(teacher: Path, student: Path, tmp_path: Path) -> None:
+    """Continued at each step (max-steps), also where an epoch is cut, and from a path."""
+    folder = tmp_path / "run"
+    for steps in (1, 3, 4, 6, 8, 11, 12):
+        assert run(folder, **at_kd(teacher), max_steps=steps) == 0
+        assert len(metrics(folder)) == -(-steps // 4)
+    check_same(folder, student)
+    assert run(tmp_path / "copy", **at_kd(teacher), resume=folder, max_steps=12) == 0
+    check_same(tmp_path / "copy", student)
+
+
+def test_killed_before_its_results(teacher: Path, student: Path, tmp_path: Path) -> None:
+    """Between the last checkpoint and summary.json, and with a line of metrics that the checkpoint lacks."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.yaml", "checkpoint.pt"):
+        (folder / name).write_bytes((student / name).read_bytes())
+    (folder / "metrics.jsonl").write_text((student / "metrics.jsonl").read_text() * 2)
+    assert run(folder, **at_kd(teacher)) == 0
+    check_same(folder, student)
+
+
+def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.write_atomically(tmp_path / "a", b"old")
+
+    def crash(fd: int) -> None:
+        raise OSError("power cut")
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(OSError, match="power cut"):
+        checkpoint.write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_diverged_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "run", lr=1e30, lr_schedule="constant") == 1
+    assert "not finite after epoch 1" in capsys.readouterr().err

@@ -1,0 +1,131 @@
+"""Data parallel over gloo: the same training, to rounding, for 1, 2 and 4 ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import models
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = {
+    "dataset": "digits",
+    "limit-train": 203,  # three batches of 64 and one of 11, which neither 2 nor 4 ranks share equally
+    "limit-test": 103,
+    "batch-size": 64,
+    "test-batch-size": 16,
+    "epochs": 2,
+    "student": "wrn-10-1",
+    "lr": 0.001,  # more diverges without batch statistics
+    "lr-schedule": "cosine",
+    "freeze-bn": "true",
+    "threads": 1,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("teacher") / "model.pt"
+    torch.save(models.create("wrn-10-2").state_dict(), path)
+    return path
+
+
+def command(ranks: int, folder: Path, **keys: Any) -> list[str]:
+    values = KEYS | {key.replace("_", "-"): value for key, value in keys.items()} | {"output-dir": folder}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    flags = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    return [sys.executable, *launcher, str(ROOT / "train.py"), *flags]
+
+
+def launch(ranks: int, folder: Path, **keys: Any) -> subprocess.CompletedProcess[str]:
+    line = command(ranks, folder, **keys)
+    return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def results(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines, torch.load(folder / "model.pt", weights_only=True)
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_trains_the_same(teacher: Path, tmp_path: Path) -> None:
+    keys = {"method": "at+kd", "teacher": "wrn-10-2", "teacher_checkpoint": teacher}
+    for ranks in (1, 2, 4):
+        done = launch(ranks, tmp_path / str(ranks), **keys)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("epoch 2/2") == 1  # one rank speaks
+    alone_lines, alone = results(tmp_path / "1")
+    torch.manual_seed(0)
+    start = models.create("wrn-10-1").state_dict()
+    moved = max((alone[name] - start[name]).abs().max().item() for name in alone)
+    assert moved > 1e-2  # so that 1e-5 says something
+    for ranks in ("2", "4"):
+        lines, weights = results(tmp_path / ranks)
+        for name, expected in alone.items():
+            torch.testing.assert_close(weights[name], expected, rtol=1e-5, atol=1e-5)
+        for line, expected_line in zip(lines, alone_lines, strict=True):
+            for key in ("train_loss", "ce_loss", "at_loss", "kd_loss", "train_error", "test_error", "lr"):
+                assert line[key] == pytest.approx(expected_line[key], rel=1e-5), key
+    events = [path for path in (tmp_path / "4").iterdir() if path.name.startswith("events")]
+    assert len(events) == 1  # one rank writes
+
+
+@pytest.mark.slow
+def test_stopped_ranks_resume_together(tmp_path: Path) -> None:
+    """SIGTERM to the launcher, and the continuation by as many ranks is bitwise the undisturbed run."""
+    keys = {"epochs": 25, "freeze_bn": "false", "checkpoint_every": 3}
+    whole = launch(2, tmp_path / "whole", **keys)
+    assert whole.returncode == 0, whole.stderr
+    folder = tmp_path / "stopped"
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(
+        command(2, folder, **keys), cwd=ROOT, env=ENVIRONMENT, stdout=quiet, stderr=quiet
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    process.wait(120)
+    assert not (folder / "model.pt").exists()
+    resumed = launch(2, folder, **keys)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continuing from step" in resumed.stdout
+    assert (folder / "model.pt").read_bytes() == (tmp_path / "whole/model.pt").read_bytes()
+    timing = {"seconds", "images_per_second"}
+    first, second = (
+        [{k: v for k, v in line.items() if k not in timing} for line in results(tmp_path / name)[0]]
+        for name in ("whole", "stopped")
+    )
+    assert first == second
+
+
+@pytest.mark.slow
+def test_a_tail_smaller_than_the_ranks_is_refused(tmp_path: Path) -> None:
+    done = launch(4, tmp_path / "run", limit_train=130)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
+    assert lines == ["train.py: error: a batch of 2 images (of 130 by 64) cannot be shared by 4 ranks"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_ranks_of_one_process_need_no_launcher(count: int, tmp_path: Path) -> None:
+    flags = [word for key, value in KEYS.items() for word in (f"--{key}", str(value))]
+    flags += ["--output-dir", str(tmp_path / "run"), "--epochs", str(count)]
+    assert train.main(flags) == 0
+    assert len(results(tmp_path / "run")[0]) == count
