@@ -26,9 +26,9 @@ _library.define(
     "bool reduce, bool student_slopes, bool teacher_slopes, bool student_grads, str backend) "
     "-> (Tensor loss, Tensor[] slopes, Tensor[] grads)"
 )
-_maps_op = torch.ops.at_fused.attention_maps.default
-_maps_backward_op = torch.ops.at_fused.attention_maps_backward.default
-_loss_op = torch.ops.at_fused.attention_loss.default
+attention_maps = torch.ops.at_fused.attention_maps.default
+attention_maps_backward = torch.ops.at_fused.attention_maps_backward.default
+attention_loss = torch.ops.at_fused.attention_loss.default
 
 
 def _backend(name: str) -> Any:
@@ -109,7 +109,7 @@ class _Maps(torch.autograd.Function):
         ctx.save_for_backward(*feats)
         ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(_maps_op(list(feats), p, mapping, backend))
+            return tuple(attention_maps(list(feats), p, mapping, backend))
 
     @staticmethod
     def backward(ctx: Any, *grad_maps: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -118,7 +118,7 @@ class _Maps(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(feats)
         if wanted:
             inputs = [feats[i] for i in wanted], [grad_maps[i] for i in wanted]
-            for i, grad in zip(wanted, _maps_backward_op(*inputs, None, *ctx.options), strict=True):
+            for i, grad in zip(wanted, attention_maps_backward(*inputs, None, *ctx.options), strict=True):
                 grads[i] = grad
         return None, None, None, *grads
 
@@ -133,7 +133,7 @@ class _MapsBackward(torch.autograd.Function):
         count = len(feats_and_grads) // 2
         feats, grad_maps = list(feats_and_grads[:count]), list(feats_and_grads[count:])
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(_maps_backward_op(feats, grad_maps, scale, p, mapping, backend))
+            return tuple(attention_maps_backward(feats, grad_maps, scale, p, mapping, backend))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -152,8 +152,8 @@ class _MapsBackward(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    # Whether the last upstream gradient was 1, as it is when beta is among the weights. The gradients are then
-    # computed together with the loss. A wrong guess costs time and never changes a bit of the result.
+    # Whether the last upstream gradient was 1, as it is when beta is among the weights. The gradients are
+    # then computed together with the loss. A wrong guess costs time and never changes a bit of the result.
     expects_one = True
 
     @staticmethod
@@ -175,7 +175,9 @@ class _Loss(torch.autograd.Function):
         )
         options = (p, mapping, eps, reduce, student_slopes, teacher_slopes, student_grads or ahead)
         with torch._C._AutoDispatchBelowAutograd():
-            loss, slopes, grads = _loss_op(list(feats[:count]), list(feats[count:]), weights, *options, backend)
+            loss, slopes, grads = attention_loss(
+                list(feats[:count]), list(feats[count:]), weights, *options, backend
+            )
         ctx.weights, ctx.options, ctx.backend = weights, options, backend
         ctx.ready = grads if ahead else None
         ctx.save_for_backward(*feats, *slopes)
@@ -218,7 +220,7 @@ class _Loss(torch.autograd.Function):
         first_slope = 0 if student_slopes else count
         scale = grad if reduce else _pick(grad, [i % count for i in wanted])
         wanted_feats, wanted_slopes = [feats[i] for i in wanted], [slopes[i - first_slope] for i in wanted]
-        computed = _maps_backward_op(wanted_feats, wanted_slopes, scale, p, mapping, ctx.backend)
+        computed = attention_maps_backward(wanted_feats, wanted_slopes, scale, p, mapping, ctx.backend)
         for i, feat_grad in zip(wanted, computed, strict=True):
             grads[i] = feat_grad
         return None, None, None, *grads
@@ -262,7 +264,7 @@ def _maps_autograd(feats: list[Tensor], p: float, mapping: str, backend: str) ->
     if _requires_grad(feats):
         return list(_Maps.apply(p, mapping, backend, *feats))
     with torch._C._AutoDispatchBelowAutograd():
-        return _maps_op(feats, p, mapping, backend)
+        return attention_maps(feats, p, mapping, backend)
 
 
 def _maps_backward_autograd(
@@ -271,7 +273,7 @@ def _maps_backward_autograd(
     if _requires_grad(feats, grad_maps, () if scale is None else (scale,)):
         return list(_MapsBackward.apply(p, mapping, backend, scale, *feats, *grad_maps))
     with torch._C._AutoDispatchBelowAutograd():
-        return _maps_backward_op(feats, grad_maps, scale, p, mapping, backend)
+        return attention_maps_backward(feats, grad_maps, scale, p, mapping, backend)
 
 
 def _loss_autograd(
@@ -282,7 +284,7 @@ def _loss_autograd(
         slopes = len(rest) - len(students) * options[-2]
         return loss, rest[:slopes], rest[slopes:]
     with torch._C._AutoDispatchBelowAutograd():
-        return _loss_op(students, teachers, weights, *options)
+        return attention_loss(students, teachers, weights, *options)
 
 
 _library.impl("attention_maps", _maps_autograd, "Autograd")

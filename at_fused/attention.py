@@ -54,7 +54,11 @@ def attention_map(
     _check_options(
         mapping=(mapping, _MAPPINGS), normalize=(normalize, _NORMALIZE), backend=(backend, _BACKENDS)
     )
-    feat = _channels_second(feat, "feat", channel_dim)
+    error = _feature_error(feat, channel_dim)
+    if error:
+        kind, text = error
+        raise kind(f"feat {_shape(feat)} {text}")
+    feat = _channels_second(feat, channel_dim)
     backend = backends.select(backend, (feat,), p, mapping)
     (attention,) = _maps((feat,), p, mapping, backend)
     return reference.normalize_map(attention, normalize, eps=1e-12)
@@ -131,7 +135,7 @@ def attention_loss(
     feats = (*students, *teachers)
     backend = backends.select(backend, feats, p, mapping)
     if backend != "reference" and normalize == "l2" and distance == "mse" and comparable:
-        loss, *_ = torch.ops.at_fused.attention_loss(
+        loss, *_ = _ops.attention_loss(
             students, teachers, factors, float(p), mapping, float(eps), reduce, False, False, False, backend
         )
         return loss
@@ -219,7 +223,7 @@ class AttentionLoss(nn.Module):
 def _maps(feats: Sequence[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
     if backend == "reference":
         return [reference.attention_map(feat, p, mapping) for feat in feats]
-    maps: list[Tensor] = torch.ops.at_fused.attention_maps(list(feats), float(p), mapping, backend)
+    maps: list[Tensor] = _ops.attention_maps(list(feats), float(p), mapping, backend)
     return maps
 
 
@@ -245,27 +249,26 @@ def _check_options(**options: tuple[object, tuple[object, ...]]) -> None:
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
 
-def _channels_second(feat: Tensor, what: str, channel_dim: int) -> Tensor:
-    """A view of `feat` as (B, C, *spatial), once it is known to be a feature."""
+def _feature_error(feat: object, channel_dim: int) -> tuple[type[Exception], str] | None:
+    """What keeps `feat` from being a feature with its channels at `channel_dim`: the error and its text."""
     if not isinstance(feat, Tensor):
-        raise TypeError(f"{what} must be a tensor, got {type(feat).__name__}")
+        return TypeError, f"must be a tensor, got {type(feat).__name__}"
     if feat.dtype not in _DTYPES:
-        raise TypeError(f"{what} {tuple(feat.shape)} must be fp64, fp32, bf16 or fp16, got {feat.dtype}")
+        return TypeError, f"must be fp64, fp32, bf16 or fp16, got {feat.dtype}"
     if feat.ndim < 3:
-        raise ValueError(f"{what} {tuple(feat.shape)} must have batch, channel and spatial dimensions")
-    if channel_dim == 1:
-        channels = feat
-    else:
-        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
-            raise TypeError(f"channel_dim must be an integer, got {type(channel_dim).__name__}")
-        if not -feat.ndim <= channel_dim < feat.ndim or channel_dim in (0, -feat.ndim):
-            raise ValueError(
-                f"channel_dim {channel_dim} does not name a channel dimension of {what} {tuple(feat.shape)}"
-            )
-        channels = feat.movedim(channel_dim, 1)
-    if channels.shape[1] == 0:
-        raise ValueError(f"{what} {tuple(feat.shape)} has no channels")
-    return channels
+        return ValueError, "must have batch, channel and spatial dimensions"
+    if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+        return TypeError, f"channel_dim must be an integer, got {type(channel_dim).__name__}"
+    if not -feat.ndim <= channel_dim < feat.ndim or channel_dim % feat.ndim == 0:
+        return ValueError, f"has no channel_dim {channel_dim} beside its batch dimension"
+    if feat.shape[channel_dim] == 0:
+        return ValueError, "has no channels"
+    return None
+
+
+def _channels_second(feat: Tensor, channel_dim: int) -> Tensor:
+    """A view of `feat` as (B, C, *spatial)."""
+    return feat if channel_dim == 1 else feat.movedim(channel_dim, 1)
 
 
 def _check_pairs(
@@ -275,33 +278,43 @@ def _check_pairs(
     if isinstance(s_feats, Tensor) and isinstance(t_feats, Tensor):
         s_feats, t_feats = [s_feats], [t_feats]
     for side, feats in (("s_feats", s_feats), ("t_feats", t_feats)):
-        if not isinstance(feats, (list, tuple)):
+        if isinstance(feats, Tensor) or not isinstance(feats, Sequence):
             raise TypeError(
-                f"{side} must be a tensor or a sequence of them like the other side, got {type(feats).__name__}"
+                f"s_feats and t_feats must be two tensors or two sequences: {side} is {_shape(feats)}"
             )
     if len(s_feats) != len(t_feats):
+        shapes = [[_shape(feat) for feat in feats] for feats in (s_feats, t_feats)]
         raise ValueError(
-            f"student and teacher must have as many features: got {len(s_feats)} "
-            f"{_shapes(s_feats)} and {len(t_feats)} {_shapes(t_feats)}"
+            f"student and teacher must have as many features: got {len(s_feats)} {shapes[0]} "
+            f"and {len(t_feats)} {shapes[1]}"
         )
     if not len(s_feats):
         raise ValueError("s_feats and t_feats are empty: at least one pair is needed")
-    students, teachers = [], []
+    students: list[Tensor] = []
+    teachers: list[Tensor] = []
     for index, (s_feat, t_feat) in enumerate(zip(s_feats, t_feats, strict=True)):
-        student = _channels_second(s_feat, f"pair {index}: student", channel_dim)
-        teacher = _channels_second(t_feat, f"pair {index}: teacher", channel_dim)
+        for side, feat in (("student", s_feat), ("teacher", t_feat)):
+            error = _feature_error(feat, channel_dim)
+            if error:
+                kind, text = error
+                raise kind(f"pair {index}: {_pair(s_feat, t_feat)}: the {side} {text}")
+        student, teacher = _channels_second(s_feat, channel_dim), _channels_second(t_feat, channel_dim)
         problem = _mismatch(student, teacher, resize)
+        if problem is None and students and student.device != students[0].device:
+            problem = f"are on {student.device}, pair 0 on {students[0].device}"
         if problem:
-            raise ValueError(
-                f"pair {index}: student {tuple(s_feat.shape)} and teacher {tuple(t_feat.shape)} {problem}"
-            )
-        if students and student.device != students[0].device:
-            raise ValueError(
-                f"pair {index}: student {tuple(s_feat.shape)} is on {student.device}, pair 0 on {students[0].device}"
-            )
+            raise ValueError(f"pair {index}: {_pair(s_feat, t_feat)} {problem}")
         students.append(student)
         teachers.append(teacher)
     return students, teachers
+
+
+def _pair(student: object, teacher: object) -> str:
+    return f"student {_shape(student)} and teacher {_shape(teacher)}"
+
+
+def _shape(feat: object) -> str:
+    return str(tuple(feat.shape)) if isinstance(feat, Tensor) else type(feat).__name__
 
 
 def _mismatch(student: Tensor, teacher: Tensor, resize: str) -> str | None:
@@ -333,7 +346,3 @@ def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if len(weights) != count:
         raise ValueError(f"weights must have one number per pair: got {len(weights)} for {count} pairs")
     return [float(weight) for weight in weights]
-
-
-def _shapes(feats: Sequence[object]) -> list[object]:
-    return [tuple(feat.shape) if isinstance(feat, Tensor) else type(feat).__name__ for feat in feats]

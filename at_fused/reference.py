@@ -105,7 +105,7 @@ def loss_from_maps(
     resize: str,
     eps: float,
 ) -> Tensor:
-    """One pair's loss from its raw maps; the teacher's is resized to the student's grid before normalising."""
+    """One pair's loss from its raw maps; the teacher's is resized to the student's grid, then normalised."""
     with torch.autocast(student_map.device.type, enabled=False):
         teacher_map = resize_map(teacher_map, student_map.shape[1:], resize)
         student_map = normalize_map(student_map, normalize, eps)

@@ -11,11 +11,11 @@ A backend is a module `backends/NAME.py` with
     attention_maps_backward(feats, grad_maps, scale, p, mapping) -> list[Tensor]
         Gradients at the features, in their dtype and memory format. `scale` multiplies the map
         gradients: None, a scalar tensor, or one value per feature, read on the device.
-    attention_loss(students, teachers, weights, p, mapping, eps, reduce, student_slopes, teacher_slopes,
-                   student_grads) -> (loss, slopes, grads)
+    attention_loss(students, teachers, weights, p, mapping, eps, reduce,
+                   student_slopes, teacher_slopes, student_grads) -> (loss, slopes, grads)
         The l2-normalised mean-squared loss, weighted, () if `reduce` else (n_pairs,); where asked for, the
-        gradients of each pair's weighted loss at its raw maps, students' first; and, only where `single_pass`,
-        the gradients at the students' features.
+        gradients of each pair's weighted loss at its raw maps, students' first; and, only where
+        `single_pass`, the gradients at the students' features.
     single_pass() -> bool
         Whether gradients at the features are cheapest computed together with the loss, in eager mode.
     is_one(scale) -> bool

@@ -67,7 +67,17 @@ def attention_loss(
     slopes = [empty_map(feat) for feat in sides]
     grads = [torch.empty_like(feat) for feat in students] if student_grads else []
     torch.ops.at_fused_cpu.attention_loss(
-        students, teachers, weights, loss, slopes, grads, p, mapping == "max", eps, student_slopes, teacher_slopes
+        students,
+        teachers,
+        weights,
+        loss,
+        slopes,
+        grads,
+        p,
+        mapping == "max",
+        eps,
+        student_slopes,
+        teacher_slopes,
     )
     return loss, slopes, grads
 
