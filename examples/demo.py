@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "demo")
-    parser.add_argument("--seeds", type=int, default=3, help="students of each kind (default: 3)")
+    parser.add_argument("--seeds", type=int, default=4, help="students of each kind (default: 4)")
     parser.add_argument(
         "--jobs", type=int, default=min(cores, 6), help="processes at a time (default: the cores)"
     )
