@@ -105,16 +105,11 @@ def write_curves(folder: Path, history: list[Metrics], title: str) -> None:
             epochs, [m[name] for m in history], color=colour, label=label, marker=".", markersize=4
         )
     error_axes.set(xlabel="epoch", ylabel="error, %", title="Error", ylim=(0, None))
-    terms = {
-        "train_loss": "total",
-        "ce_loss": "cross-entropy",
-        "at_loss": "attention transfer",
-        "kd_loss": "distillation",
-    }
-    for name, label in terms.items():
-        values = [m[name] for m in history]
-        if any(values):
-            loss_axes.plot(epochs, values, label=label, linestyle="-" if name == "train_loss" else "--")
+    terms = {"ce_loss": "cross-entropy", "at_loss": "attention transfer", "kd_loss": "distillation"}
+    used = {name: label for name, label in terms.items() if any(metrics[name] for metrics in history)}
+    for name, label in ({"train_loss": "total"} | used if len(used) > 1 else used).items():
+        style = "-" if name == "train_loss" else "--"
+        loss_axes.plot(epochs, [metrics[name] for metrics in history], label=label, linestyle=style)
     loss_axes.set(xlabel="epoch", ylabel="loss", title="Training loss and its terms", ylim=(0, None))
     for axes in (error_axes, loss_axes):
         axes.legend(frameon=False)
