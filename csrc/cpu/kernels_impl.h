@@ -3,6 +3,7 @@
 #include <cmath>  // before the target: what is inline here must run on any processor
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -158,27 +159,60 @@ void map_over_positions(const T* x, int64_t channels, int64_t channel_stride, in
   for (; c < channels; ++c) join_channels<1>(x + c * channel_stride, channel_stride, stride, length, map, join);
 }
 
+// All channels of a position, joined lane by lane, in any order.
+template <class T, class Join>
+auto join_row(const T* row, int64_t channels, Join join) {
+  using V = typename Accumulator<T>::V;
+  V joined{};
+  int64_t c = 0;
+  if constexpr (std::is_same_v<T, Bf16>) {
+    for (; c + 2 * lanes<V> <= channels; c += 2 * lanes<V>) {
+      prefetch(row + c);
+      const auto [even, odd] = load_pairs(row + c);
+      joined = join(joined, join(join.value(even), join.value(odd)));
+    }
+  }
+  for (; c + lanes<V> <= channels; c += lanes<V>) {
+    prefetch(row + c);
+    joined = join(joined, join.value(load(row + c)));
+  }
+  if (c < channels) joined = join(joined, join.value(load_some(row + c, 1, channels - c)));
+  return joined;
+}
+
+// As many bf16 channels as a vector has lanes: a vector of memory holds two positions.
+template <class Join>
+int64_t map_narrow_rows(const Bf16* x, int64_t length, float* map, Join join) {
+  constexpr int half = lanes<VecF> / 2;
+  constexpr auto indices = std::make_integer_sequence<int, lanes<VecF>>{};
+  VecF twins[half];
+  int64_t i = 0;
+  for (; i + lanes<VecF> <= length; i += lanes<VecF>) {
+    for (int j = 0; j < half; ++j) {
+      const Bf16* twin = x + (i + 2 * j) * lanes<VecF>;
+      prefetch(twin);
+      const auto [even, odd] = load_pairs(twin);
+      twins[j] = join(join.value(even), join.value(odd));
+    }
+    store(map + i, interleave_halves(reduce_all<half>(twins, join), indices));
+  }
+  return i;
+}
+
 // Channels side by side in memory (NHWC): as many positions at once as a vector has lanes.
 template <class T, class Scalar, class Join>
 void map_over_channels(const T* x, int64_t channels, int64_t stride, int64_t length, Scalar* map, Join join) {
   using V = typename Accumulator<T>::V;
-  const auto position = [&](const T* row) {
-    V sum{};
-    int64_t c = 0;
-    for (; c + lanes<V> <= channels; c += lanes<V>) {
-      prefetch(row + c);
-      sum = join(sum, join.value(load(row + c)));
-    }
-    if (c < channels) sum = join(sum, join.value(load_some(row + c, 1, channels - c)));
-    return sum;
-  };
-  V sums[lanes<V>];
+  V rows[lanes<V>];
   int64_t i = 0;
-  for (; i + lanes<V> <= length; i += lanes<V>, x += lanes<V> * stride) {
-    for (int j = 0; j < lanes<V>; ++j) sums[j] = position(x + j * stride);
-    store(map + i, reduce_all(sums, join));
+  if constexpr (std::is_same_v<T, Bf16>) {
+    if (channels == lanes<V> && stride == channels) i = map_narrow_rows(x, length, map, join);
   }
-  for (; i < length; ++i, x += stride) map[i] = reduce(position(x), join);
+  for (; i + lanes<V> <= length; i += lanes<V>) {
+    for (int j = 0; j < lanes<V>; ++j) rows[j] = join_row(x + (i + j) * stride, channels, join);
+    store(map + i, reduce_all<lanes<V>>(rows, join));
+  }
+  for (; i < length; ++i) map[i] = reduce(join_row(x + i * stride, channels, join), join);
 }
 
 template <class Scalar, class Change>

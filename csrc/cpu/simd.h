@@ -98,6 +98,16 @@ inline VecU load_u16(const void* x) {
 
 inline VecF load(const Bf16* x) { return (VecF)(load_u16(x) << 16); }
 
+// Twice as many elements without a widening shuffle: those at even places, and those at odd ones.
+struct EvenOdd {
+  VecF even, odd;
+};
+inline EvenOdd load_pairs(const Bf16* x) {
+  VecU pairs;
+  std::memcpy(&pairs, x, sizeof pairs);
+  return {(VecF)(pairs << 16), (VecF)(pairs & 0xffff0000)};
+}
+
 inline VecF load(const Half* x) {
   const VecU h = load_u16(x), exponent = h & 0x7c00, mantissa = h & 0x03ff;
   const VecU rebias = select(exponent == 0x7c00, VecU{} + 0x70000000, VecU{} + 0x38000000);
@@ -166,28 +176,35 @@ void store_some(T* y, int64_t stride, int64_t count, V v) {
 #define AT_FUSED_SHUFFLE(V, a, b, ...) __builtin_shuffle(a, b, Mask<V>{__VA_ARGS__})
 #endif
 
-// Lanes 0, 0 + bit, ... of the result join neighbours `bit` apart of `a`, the others those of `b`.
+// A lane i joins the lanes i and i ^ bit of `a` where i has that bit clear, of `b` where it is set.
 template <int bit, class V, class Join, int... I>
 V join_neighbours(V a, V b, Join join, std::integer_sequence<int, I...>) {
-  const V low = AT_FUSED_SHUFFLE(V, a, b, ((I & bit) ? lanes<V> + (I & ~bit) : I)...);
-  const V high = AT_FUSED_SHUFFLE(V, a, b, ((I & bit) ? lanes<V> + I : (I | bit))...);
-  return join(low, high);
+  const V same = AT_FUSED_SHUFFLE(V, a, b, ((I & bit) ? lanes<V> + I : I)...);  // a blend, cheaper than a shuffle
+  const V other = AT_FUSED_SHUFFLE(V, a, b, ((I & bit) ? lanes<V> + (I ^ bit) : (I ^ bit))...);
+  return join(same, other);
 }
 
-// Lane i of the result joins all lanes of v[i].
-template <int bit = 1, class V, class Join>
+// Joins `count` vectors into one. With as many as there are lanes, lane i of the result joins all lanes of v[i];
+// with half as many, lanes i and i + count join the lower and the upper half of v[i].
+template <int count, int bit = 1, class V, class Join>
 V reduce_all(V* v, Join join) {
-  if constexpr (bit == lanes<V>) {
+  if constexpr (count == 1) {
     return v[0];
   } else {
     constexpr auto indices = std::make_integer_sequence<int, lanes<V>>{};
-    for (int i = 0; i < lanes<V> / (2 * bit); ++i) v[i] = join_neighbours<bit>(v[2 * i], v[2 * i + 1], join, indices);
-    return reduce_all<2 * bit>(v, join);
+    for (int i = 0; i < count / 2; ++i) v[i] = join_neighbours<bit>(v[2 * i], v[2 * i + 1], join, indices);
+    return reduce_all<count / 2, 2 * bit>(v, join);
   }
 }
 
 template <class V, class Join>
 typename Traits<V>::Scalar reduce(V v, Join join) {
   V all[lanes<V>] = {v};
-  return reduce_all(all, join)[0];
+  return reduce_all<lanes<V>>(all, join)[0];
+}
+
+// The lower and the upper half of the lanes, in turn.
+template <class V, int... I>
+V interleave_halves(V v, std::integer_sequence<int, I...>) {
+  return AT_FUSED_SHUFFLE(V, v, v, (I / 2 + (I % 2) * (lanes<V> / 2))...);
 }
