@@ -8,7 +8,7 @@ TORCHVISION ?= torchvision==0.28.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.at_fused-ready# made by a complete, ordinary install only: anything less is tried again
-CODE := at_fused models trainer train.py benchmarks
+CODE := at_fused models trainer train.py benchmarks examples
 INPUTS := pyproject.toml setup.py at_fused/__init__.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
