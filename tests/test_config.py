@@ -187,6 +187,9 @@ def test_differing_keys() -> None:
     old = yaml.safe_load(config(seed=1, output_dir="a", max_steps=3, data_dir="x").to_yaml())
     assert differing_keys(old, config(seed=1, output_dir="b", resume="never", workers=2)) == []
     assert differing_keys(old, config(seed=2, lr=0.3)) == ["lr", "seed"]
+    older = {key: value for key, value in old.items() if key != "nesterov"}  # from before that key existed
+    assert differing_keys(older, config(seed=1)) == []
+    assert differing_keys(older, config(seed=1, nesterov=True)) == ["nesterov"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)

@@ -20,7 +20,7 @@ import yaml
 
 import models
 import train
-from trainer import checkpoint, data, engine
+from trainer import checkpoint, data, distributed, engine
 from trainer.config import make_config
 from trainer.distributed import Ranks
 
@@ -384,11 +384,18 @@ def start(folder: Path, **keys: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def wait_for(folder: Path, condition: Any, process: subprocess.Popen[str]) -> None:
+def steps_done(folder: Path) -> int:
+    path = folder / "checkpoint.pt"
+    return torch.load(path, weights_only=True)["progress"]["step"] if path.exists() else 0
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until this process (not one before it) has written a checkpoint in mid-epoch, at `step` or later."""
+    before = steps_done(folder)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        path = folder / "checkpoint.pt"
-        if path.exists() and condition(torch.load(path, weights_only=True)["progress"]):
+        done = steps_done(folder)
+        if done > before and done >= step and done % 4:
             return
         time.sleep(0.005)
     raise AssertionError("the run ended, or never came to the point where it was to be stopped")
@@ -409,19 +416,37 @@ def test_killed_run_resumes_bit_exactly(teacher: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     for step, number in ((6, signal.SIGKILL), (17, signal.SIGKILL), (25, signal.SIGTERM)):
         process = start(folder, **keys)
-        wait_for(
-            folder, lambda progress, step=step: progress["step"] >= step and progress["step"] % 4, process
-        )
+        wait_for_step(folder, step, process)
         process.send_signal(number)
         code = process.wait(60)
         assert code == (-9 if number == signal.SIGKILL else 143)
         assert not (folder / "model.pt").exists()
-    assert 25 <= torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]["step"] < 64
+    assert 25 <= steps_done(folder) < 64
     process = start(folder, **keys)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "continuing from step" in output
     check_same(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])  # 4 ends an epoch
+def test_signal_at_a_step(
+    step: int, teacher: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that continues after it is bitwise the undisturbed one, no epoch lost."""
+    polls = iter(range(1, 99))
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed.StopRequest, "poll", lambda self: signal.SIGTERM * (next(polls) == step))
+        assert run(tmp_path / "run", **at_kd(teacher)) == 128 + signal.SIGTERM
+    assert steps_done(tmp_path / "run") == step
+    assert run(tmp_path / "run", **at_kd(teacher)) == 0
+    check_same(tmp_path / "run", student)
+
+
+def test_signal_at_the_last_step_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed.StopRequest, "poll", lambda self: signal.SIGTERM)
+    assert run(tmp_path / "run", max_steps=1) == 0
+    assert (tmp_path / "run/summary.json").exists()
 
 
 def test_interrupted_at_every_step_is_the_same_run(teacher: Path, student: Path, tmp_path: Path) -> None:
@@ -461,3 +486,4 @@ def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_diverged_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "run", lr=1e30, lr_schedule="constant") == 1
     assert "not finite after epoch 1" in capsys.readouterr().err
+    assert not (tmp_path / "run/checkpoint.pt").exists()  # none with broken weights

@@ -202,8 +202,13 @@ FREE_KEYS = ("data-dir", "output-dir", "resume", "max-steps", "checkpoint-every"
 
 
 def differing_keys(old: dict[str, Any], new: Config) -> list[str]:
-    """Keys in which the configuration stored by a run differs from `new`, except those free to change."""
-    current = new.model_dump(mode="json", by_alias=True)
+    """Keys in which the configuration stored by a run differs from `new`, except those free to change.
+
+    A key that did not exist when the run was stored had its default.
+    """
+    fields = Config.model_fields.items()
+    defaults = {name.replace("_", "-"): field.default for name, field in fields if not field.is_required()}
+    old, current = defaults | old, new.model_dump(mode="json", by_alias=True)
     return sorted(
         k for k in old.keys() | current.keys() if k not in FREE_KEYS and old.get(k) != current.get(k)
     )

@@ -26,7 +26,7 @@ SUMS = 6  # of total, CE, AT and KD losses, of wrong answers, of images
 
 
 class Diverged(RuntimeError):
-    """Training has become meaningless; the last checkpoint says where."""
+    """Training has become meaningless; the last checkpoint is from before that."""
 
 
 def train(config: Config) -> int:
@@ -174,8 +174,8 @@ class Run:
         with closing(distributed.StopRequest(self.ranks)) as stop, closing(reporter):
             reporter.open(self.folder, self.last_step, progress.step)
             while progress.step < self.last_step:
-                if signal := self._train_epoch(stop):
-                    self._save()
+                signal = self._train_epoch(stop)
+                if signal and progress.step < self.last_step:
                     reporter.say(
                         f"stopped by signal {signal} at step {progress.step}; resume auto continues here"
                     )
@@ -191,19 +191,19 @@ class Run:
         plan = data.plan_epoch(self.dataset, config.seed, epoch)
         _train_mode(self.student, config.freeze_bn)
         begun = time.perf_counter() - progress.seconds
+        signal = 0
         for _ in range(first, self.steps_per_epoch):
             self._train_step(plan)
             progress.step += 1
             self.reporter.step(progress.step)
             signal = stop.poll()
-            due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
-            if signal or (due and progress.step % self.steps_per_epoch):
+            if progress.step % self.steps_per_epoch == 0 or progress.step == self.last_step:
+                break
+            if signal or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
                 progress.seconds = time.perf_counter() - begun
+                self._save()
                 if signal:
                     return signal
-                self._save()
-            if progress.step == self.last_step:
-                break
         total, ce, at, kd, wrong, images = self.ranks.sum_(self.sums.clone()).tolist()
         seconds = time.perf_counter() - begun
         metrics = {
@@ -219,6 +219,8 @@ class Run:
             "seconds": seconds,
         }
         self.reporter.epoch(metrics, config.epochs, progress.step)
+        if not all(bool(parameter.isfinite().all()) for parameter in self.student.parameters()):
+            raise Diverged(f"the weights are not finite after epoch {epoch + 1}: a lower lr may help")
         if progress.step % self.steps_per_epoch:  # cut short by max-steps: a continuation takes it up again
             progress.partial, progress.seconds = metrics, seconds
         else:
@@ -227,9 +229,7 @@ class Run:
             self.sums.zero_()
         self._save()
         self._write_metrics()
-        if not all(bool(parameter.isfinite().all()) for parameter in self.student.parameters()):
-            raise Diverged(f"the weights are not finite after epoch {epoch + 1}: a lower lr may help")
-        return 0
+        return signal  # one that came with the last step: the epoch is complete, and saved
 
     def _train_step(self, plan: data.EpochPlan) -> None:
         """One optimizer step on this rank's share of the global batch; nothing here waits for the device."""
