@@ -70,8 +70,10 @@ def normalize_map(attention: Tensor, order: str | None, eps: float) -> Tensor:
     if order is None:
         return attention
     positions = attention.flatten(1)
-    norm = torch.linalg.vector_norm(positions, 2 if order == "l2" else 1, dim=1, keepdim=True)
-    return (positions / norm.clamp_min(eps)).view_as(attention)
+    # In fp64, which MPS lacks: the squares of large maps overflow fp32.
+    wide = positions.dtype if positions.device.type == "mps" else torch.float64
+    norm = torch.linalg.vector_norm(positions, 2 if order == "l2" else 1, dim=1, keepdim=True, dtype=wide)
+    return (positions / norm.to(positions.dtype).clamp_min(eps)).view_as(attention)
 
 
 def resize_map(attention: Tensor, size: Sequence[int], mode: str) -> Tensor:

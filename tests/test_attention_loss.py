@@ -247,6 +247,17 @@ def test_norm_has_zero_gradient_where_the_maps_are_equal(
 
 
 @each_backend
+@pytest.mark.parametrize("mapping", ["sum", "max"])
+def test_maps_whose_squares_overflow_fp32(mapping: str, backend: str) -> None:
+    """fp16 features near their largest to the 4th: the norm is finite, its square is not."""
+    options = {"dtype": torch.float16, "device": cases.device_of(backend)}
+    s, t = (feature(2, 5, 4, 4, seed=seed, **options).detach() for seed in (1, 2))
+    s, t = ((x.sign() * 5e4 + x * 2e3).requires_grad_() for x in (s, t))
+    assert at_fused.attention_map(s, 4, mapping=mapping, backend=backend).square().sum().isinf()
+    check_loss([s], [t], p=4, mapping=mapping, backend=backend, upstream=2.0**20)
+
+
+@each_backend
 def test_loss_does_not_depend_on_the_scale_of_the_features(backend: str) -> None:
     s, t = pair((3, 8, 6, 6), device=cases.device_of(backend))
     loss = at_fused.attention_loss(s, t, backend=backend)

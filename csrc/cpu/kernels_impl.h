@@ -342,11 +342,21 @@ Scalar dot(const Scalar* a, const Scalar* b, int64_t length) {
   return reduce(sum, [](V x, V y) { return x + y; });
 }
 
+// |map|, also where the squares of its elements overflow fp32, as those of fp16's largest features to the 4th do.
+template <class Scalar>
+Scalar norm_of(const Scalar* map, int64_t length) {
+  const Scalar norm = std::sqrt(dot(map, map, length));
+  if (std::isfinite(norm)) return norm;
+  double squares = 0;
+  for (int64_t i = 0; i < length; ++i) squares += static_cast<double>(map[i]) * map[i];
+  return static_cast<Scalar>(std::sqrt(squares));
+}
+
 template <class Scalar>
 double distance_of(Scalar* student, Scalar* teacher, int64_t length, double eps, double weight, bool student_slope,
                    bool teacher_slope) {
   const auto normalise = [&](Scalar* map, bool& clamped) {
-    const Scalar norm = std::sqrt(dot(map, map, length)), floor = static_cast<Scalar>(eps);
+    const Scalar norm = norm_of(map, length), floor = static_cast<Scalar>(eps);
     clamped = norm < floor;
     const Scalar inverse = 1 / (clamped ? floor : norm);
     change_in_place(map, length, [&](auto v) { return v * inverse; });
