@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from ._outputs import empty_loss, empty_map
+from ._outputs import empty_loss_outputs, empty_map
 
 _library = torch.library.Library("at_fused", "DEF")
 _library.define("attention_maps(Tensor[] feats, float p, str mapping, str backend) -> Tensor[]")
@@ -87,9 +87,7 @@ def _fake_loss(
     student_grads: bool,
     backend: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    sides = [*(students if student_slopes else ()), *(teachers if teacher_slopes else ())]
-    grads = [torch.empty_like(feat) for feat in students] if student_grads else []
-    return empty_loss(students, teachers, reduce), [empty_map(feat) for feat in sides], grads
+    return empty_loss_outputs(students, teachers, reduce, student_slopes, teacher_slopes, student_grads)
 
 
 # --- autograd ---------------------------------------------------------------------------------------

@@ -16,13 +16,18 @@ def empty_map(feat: Tensor) -> Tensor:
     return torch.empty(shape, dtype=accumulation_dtype(feat.dtype), device=feat.device)
 
 
-def pair_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """The dtype in which a pair's maps are compared: fp64 as soon as one side is."""
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-
-
-def empty_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], reduce: bool) -> Tensor:
-    """Uninitialised loss: () or (n_pairs,), fp64 if any pair is, else fp32."""
-    dtypes = [pair_dtype(s, t) for s, t in zip(students, teachers, strict=True)]
+def empty_loss_outputs(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    reduce: bool,
+    student_slopes: bool,
+    teacher_slopes: bool,
+    student_grads: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Uninitialised loss () or (n_pairs,), fp64 if any feature is, else fp32; slopes; students' gradients."""
+    dtypes = [accumulation_dtype(feat.dtype) for feat in (*students, *teachers)]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    return torch.empty(() if reduce else (len(dtypes),), dtype=dtype, device=students[0].device)
+    loss = torch.empty(() if reduce else (len(students),), dtype=dtype, device=students[0].device)
+    sides = [*(students if student_slopes else ()), *(teachers if teacher_slopes else ())]
+    grads = [torch.empty_like(feat) for feat in students] if student_grads else []
+    return loss, [empty_map(feat) for feat in sides], grads

@@ -103,6 +103,18 @@ def feature(
     return layout((draw * scale).to(dtype).to(device)).detach().requires_grad_()
 
 
+def far_apart(shape: tuple[int, ...], axis: int) -> Tensor:
+    """An fp16 feature (B, C, H, W) whose stride along `axis` walks beyond 2^31 elements.
+
+    The storage is address space, never touched in between: that costs nothing on the CPU only.
+    """
+    strides = [97, 31, 5, 1]
+    strides[axis] = (2**31 + 1000) // (shape[axis] - 1)
+    storage = torch.empty(2**31 + 2000, dtype=torch.float16)
+    values = feature(*shape, dtype=torch.float16).detach()
+    return storage.as_strided(shape, strides).copy_(values).requires_grad_()
+
+
 def exact(x: Tensor) -> np.ndarray:
     """The tensor's own values in fp64."""
     return x.detach().cpu().double().numpy()

@@ -183,14 +183,8 @@ def test_real_sizes(backend: str) -> None:
 def test_offsets_beyond_2_to_the_31(axis: int, backend: str) -> None:
     if cases.device_of(backend) == "cuda":
         pytest.skip("untouched pages cost nothing only on the CPU")
-    shape, stride = [2, 3, 4, 2], [97, 31, 5, 1]
-    stride[axis] = (2**31 + 1000) // (shape[axis] - 1)
-    storage = torch.empty(2**31 + 2000, dtype=torch.float16)
-    far = (
-        storage.as_strided(shape, stride)
-        .copy_(feature(*shape, dtype=torch.float16).detach())
-        .requires_grad_()
-    )
+    shape = (2, 3, 4, 2)
+    far = cases.far_apart(shape, axis)
     near = feature(*shape, seed=1, dtype=torch.float16)
     check_loss([far], [near], backend=backend, upstream=64.0)
     check_loss([near], [far], mapping="max", backend=backend, upstream=64.0)

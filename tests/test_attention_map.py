@@ -126,14 +126,7 @@ def test_offsets_beyond_2_to_the_31(axis: int, mapping: str, backend: str) -> No
     """One stride walks more than 2^31 elements; the storage is address space, never touched in between."""
     if cases.device_of(backend) == "cuda":
         pytest.skip("untouched pages cost nothing only on the CPU")
-    shape, stride = [2, 3, 4, 2], [97, 31, 5, 1]
-    stride[axis] = (2**31 + 1000) // (shape[axis] - 1)
-    storage = torch.empty(2**31 + 2000, dtype=torch.float16)
-    feat = (
-        storage.as_strided(shape, stride)
-        .copy_(feature(*shape, dtype=torch.float16).detach())
-        .requires_grad_()
-    )
+    feat = cases.far_apart((2, 3, 4, 2), axis)
     grad = check_map(feat, 2, mapping=mapping, backend=backend)
     assert grad.untyped_storage().nbytes() == 2 * grad.numel()  # not laid out over the gaps
 

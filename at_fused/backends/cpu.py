@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._outputs import empty_loss, empty_map
+from .._outputs import empty_loss_outputs, empty_map
 
 _LIBRARY = Path(__file__).parent.parent / "_cpu.so"
 _MAX_SPATIAL_DIMS = 8  # as in csrc/cpu/feature.h
@@ -62,10 +62,9 @@ def attention_loss(
     teacher_slopes: bool,
     student_grads: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    loss = empty_loss(students, teachers, reduce)
-    sides = [*(students if student_slopes else ()), *(teachers if teacher_slopes else ())]
-    slopes = [empty_map(feat) for feat in sides]
-    grads = [torch.empty_like(feat) for feat in students] if student_grads else []
+    loss, slopes, grads = empty_loss_outputs(
+        students, teachers, reduce, student_slopes, teacher_slopes, student_grads
+    )
     torch.ops.at_fused_cpu.attention_loss(
         students,
         teachers,

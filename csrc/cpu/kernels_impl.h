@@ -141,7 +141,7 @@ void join_channels(const T* x, int64_t channel_stride, int64_t stride, int64_t l
     return;
   }
   for (; i < length; i += lanes<V>) {
-    const int64_t some = length - i < lanes<V> ? length - i : lanes<V>;
+    const int64_t some = at_most_lanes<V>(length - i);
     const V v = joined([&](const T* channel) { return load_some(channel + i * stride, stride, some); });
     store_some(map + i, 1, some, join(load_some(map + i, 1, some), v));
   }
@@ -228,7 +228,7 @@ template <class Scalar, class Change>
 void multiply_in_place(Scalar* x, const Scalar* y, int64_t length, Change change) {
   using V = typename Accumulator<Scalar>::V;
   for (int64_t i = 0; i < length; i += lanes<V>) {
-    const int64_t some = length - i < lanes<V> ? length - i : lanes<V>;
+    const int64_t some = at_most_lanes<V>(length - i);
     store_some(x + i, 1, some, load_some(x + i, 1, some) * change(load_some(y + i, 1, some)));
   }
 }
@@ -264,7 +264,7 @@ void backward_over_positions(const T* x, T* grad, int64_t stride, int64_t grad_s
     return;
   }
   for (int64_t i = 0; i < length; i += lanes<V>) {
-    const int64_t some = length - i < lanes<V> ? length - i : lanes<V>;
+    const int64_t some = at_most_lanes<V>(length - i);
     const V v = load_some(slope + i, 1, some) * power.slope(load_some(x + i * stride, stride, some));
     store_some(grad + i * grad_stride, grad_stride, some, v);
   }
@@ -316,7 +316,7 @@ void backward_max(const Feature& feat, const Feature& grad, int64_t sample, cons
   const Rows rows(feat, grad);
   rows.for_each([&](int64_t position, int64_t offset, int64_t grad_offset) {
     for (int64_t i = 0; i < rows.length(); i += lanes<V>) {
-      const int64_t left = rows.length() - i, some = left < lanes<V> ? left : lanes<V>;
+      const int64_t some = at_most_lanes<V>(rows.length() - i);
       const V top = load_some(peak + position + i, 1, some), factor = load_some(slope + position + i, 1, some);
       Mask<V> open = ~Mask<V>{};
       for (int64_t c = 0; c < feat.channels; ++c) {

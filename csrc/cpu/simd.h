@@ -145,6 +145,12 @@ inline void store(Half* y, VecF v) {
   store_u16(y, half | ((bits >> 16) & 0x8000));
 }
 
+// How many of the `left` elements fit one vector.
+template <class V>
+int64_t at_most_lanes(int64_t left) {
+  return left < lanes<V> ? left : lanes<V>;
+}
+
 // All ones in the last `count` lanes.
 template <class V>
 Mask<V> last_lanes(int64_t count) {
