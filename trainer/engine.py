@@ -237,6 +237,7 @@ class Run:
         start = step % self.steps_per_epoch * config.batch_size
         stop = min(start + config.batch_size, len(self.dataset.train))
         images, labels = data.training_batch(self.dataset, plan, ranks.share(start, stop))
+        images = self._format(images)
         beta = schedules.beta(config, step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = schedules.learning_rate(config, step, self.steps_per_epoch)
@@ -245,8 +246,8 @@ class Run:
         with self._autocast():
             if self.teacher is not None and (config.uses_kd or beta > 0):
                 with torch.no_grad():
-                    teacher_logits, teacher_features = self.teacher(self._format(images))
-            logits, features = self.forward(self._format(images))
+                    teacher_logits, teacher_features = self.teacher(images)
+            logits, features = self.forward(images)
             losses = self.objective(logits, features, teacher_logits, teacher_features, labels, beta)
         # DDP averages gradients over ranks: weighted by its share, each gives the mean over the global batch.
         share = len(labels) * ranks.world / (stop - start)
