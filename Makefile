@@ -12,7 +12,7 @@ CODE := at_fused models trainer train.py benchmarks examples
 INPUTS := pyproject.toml setup.py at_fused/__init__.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint bench sanitize clean
+.PHONY: help setup test demo lint bench sanitize soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -63,6 +63,9 @@ sanitize: setup ## run the library's tests on a build with AddressSanitizer and 
 	@echo "[sanitize] pytest"
 	@PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/pytest -q tests/test_attention_map.py tests/test_attention_loss.py
+
+soak: setup ## the property and stress tests at length: about half an hour
+	@AT_FUSED_EXAMPLES=20000 AT_FUSED_SOAK=10 $(BIN)/python -m pytest -q tests/test_properties.py tests/test_stress.py
 
 clean: ## remove what was built (keeps .venv and runs)
 	@rm -rf build dist *.egg-info at_fused/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis $(READY)

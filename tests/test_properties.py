@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import cases
 import hypothesis.strategies as st
 import pytest
@@ -12,10 +14,13 @@ from torch import Tensor
 
 import at_fused
 
-# Derandomised: the same examples at every run, so that a red run can be run again.
+# Derandomised: the same examples at every run, so that a red run can be run again. `make soak` asks for many
+# more than CI, new ones each time; a failure prints how to repeat it.
+EXAMPLES = int(os.environ.get("AT_FUSED_EXAMPLES", "0"))
 bounded = settings(
-    max_examples=120,
-    derandomize=True,
+    max_examples=EXAMPLES or 120,
+    derandomize=not EXAMPLES,
+    print_blob=True,
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
