@@ -3,16 +3,23 @@
 from .attention import AttentionLoss, attention_loss, attention_map
 from .backends import available_backends
 from .distillation import distillation_loss
+from .gradients import gradient_attention_loss, input_gradient, input_gradient_norm, symmetry_loss
+from .hints import FeatureHints
 from .taps import FeatureTaps
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionLoss",
+    "FeatureHints",
     "FeatureTaps",
     "__version__",
     "attention_loss",
     "attention_map",
     "available_backends",
     "distillation_loss",
+    "gradient_attention_loss",
+    "input_gradient",
+    "input_gradient_norm",
+    "symmetry_loss",
 ]

@@ -41,7 +41,7 @@ class FeatureTaps:
         modules = dict(model.named_modules(remove_duplicate=False))
         for name in self.names:
             if name not in modules:
-                raise ValueError(_unknown_name(name, list(modules)))
+                raise ValueError(unknown_name(name, list(modules)))
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"module names are repeated: {list(self.names)}")
         self._outputs: dict[str, Tensor] = {}
@@ -85,7 +85,8 @@ class FeatureTaps:
         self.close()
 
 
-def _unknown_name(name: str, known: list[str]) -> str:
+def unknown_name(name: str, known: list[str]) -> str:
+    """What to say of a `name` that is not among the `known` modules."""
     known = [candidate for candidate in known if candidate]
     close = difflib.get_close_matches(name, known, n=3) or known[:10]
     return (

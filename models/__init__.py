@@ -1,7 +1,7 @@
 """Models by name: ``models.create("wrn-16-1", num_classes=10)``.
 
 Every model carries ``taps``, a dict that names where attention may be compared: ``"groups"`` (one module per
-resolution) and ``"blocks"`` (every residual block), each a list of module names in forward order.
+resolution) and ``"blocks"`` (every block), each a list of module names in forward order.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ def _wide_resnet(match: re.Match[str], num_classes: int, **options: Any) -> Tapp
     return WideResNet(int(match["depth"]), int(match["width"]), num_classes, **options)
 
 
+def _nin(match: re.Match[str], num_classes: int, **options: Any) -> TappedModel:
+    from models.nin import NIN, WIDTHS
+
+    options = {"batch_norm": not match["nobn"], "relu_before_pool": not match["rawpool"]} | options
+    return NIN(WIDTHS[match["size"]], num_classes, **options)
+
+
 def _resnet(match: re.Match[str], num_classes: int, **options: Any) -> TappedModel:
     from models.resnet import ResNet  # torchvision takes seconds to import: only those who ask for it pay
 
@@ -32,12 +39,21 @@ Builder = Callable[..., TappedModel]
 # What to print for a family (D: depth 6n + 4, K: width), the names it answers to, and who builds it.
 _FAMILIES: list[tuple[list[str], str, Builder]] = [
     (["wrn-D-K"], r"wrn-(?P<depth>\d+)-(?P<width>\d+)", _wide_resnet),
+    (
+        ["nin-thin[-nobn][-rawpool]", "nin-wide[-nobn][-rawpool]"],
+        r"nin-(?P<size>thin|wide)(?P<nobn>-nobn)?(?P<rawpool>-rawpool)?",
+        _nin,
+    ),
     (["resnet-18", "resnet-34", "resnet-50", "resnet-101"], r"resnet-(?P<depth>18|34|50|101)", _resnet),
 ]
 
 
 def available() -> list[str]:
-    """Names that :func:`create` understands; ``wrn-D-K`` stands for any depth D = 6n + 4 and width K >= 1."""
+    """Names that :func:`create` understands; ``wrn-D-K`` stands for any depth D = 6n + 4 and width K >= 1.
+
+    What stands in brackets may be left out: ``-nobn`` is without BatchNorm, ``-rawpool`` without ReLU before
+    pooling, so ``nin-thin-nobn-rawpool`` is the student of the paper's Table 3.
+    """
     return [name for names, _, _ in _FAMILIES for name in names]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 class TappedModel(nn.Module):
     """A module that names where its attention may be compared with another model's.
 
-    ``taps["groups"]`` has one module per resolution, ``taps["blocks"]`` every residual block: names as in
+    ``taps["groups"]`` has one module per resolution, ``taps["blocks"]`` every block: names as in
     ``named_modules()``, in forward order, ready for ``at_fused.FeatureTaps``.
     """
 

@@ -1,0 +1,99 @@
+"""Full-activation transfer (section 4.1.2, F-ActT), after FitNets' hints (Romero et al., 2014)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .reference import accumulation_dtype, normalize_map
+
+
+class FeatureHints(nn.Module):
+    """Squared l2 distance between l2-normalised full activations of student and teacher.
+
+    `sum_j mean_b |r_j(S_j) / |r_j(S_j)| - T_j / |T_j||^2`: norms are over all of a sample's activations
+    (C * H * W), the mean is over the batch only, and pairs are summed. The regressor r_j is a 1x1 convolution
+    where the channels of pair j differ, nothing where they match. Regressors train with the student: give
+    `parameters()` to its optimizer, and keep the module inside what DistributedDataParallel wraps.
+
+    ```
+    hints = at_fused.FeatureHints([16, 32, 64], [32, 64, 128])
+    optimizer = SGD([*student.parameters(), *hints.parameters()], lr=0.1)
+    loss = cross_entropy + beta * hints(s_taps.features, t_taps.features)    # beta decays in the paper
+    ```
+
+    Args:
+        student_channels: channels of the student's features, one number or one per pair.
+        teacher_channels: the teacher's, as many.
+
+    Shape:
+        forward(s_feats, t_feats): one tensor (B, C, H, W) or a sequence of them on each side, fp64, fp32,
+        bf16 or fp16 -> scalar in fp32 (fp64 if a feature is fp64). An empty batch gives 0.
+
+    Raises:
+        TypeError: channels that are not integers, features that are not floating-point tensors.
+        ValueError: numbers of channels or features that differ, channels below 1; in `forward` a pair whose
+            channels, batch sizes or spatial sizes do not fit.
+    """
+
+    def __init__(self, student_channels: int | Sequence[int], teacher_channels: int | Sequence[int]) -> None:
+        super().__init__()
+        self.student_channels = _channels("student_channels", student_channels)
+        self.teacher_channels = _channels("teacher_channels", teacher_channels)
+        if len(self.student_channels) != len(self.teacher_channels):
+            raise ValueError(
+                f"student_channels {self.student_channels} and teacher_channels {self.teacher_channels} "
+                "must be as many"
+            )
+        self.regressors = nn.ModuleList(
+            nn.Identity() if s == t else nn.Conv2d(s, t, kernel_size=1)
+            for s, t in zip(self.student_channels, self.teacher_channels, strict=True)
+        )
+
+    def forward(self, s_feats: Tensor | Sequence[Tensor], t_feats: Tensor | Sequence[Tensor]) -> Tensor:
+        students = [s_feats] if isinstance(s_feats, Tensor) else list(s_feats)
+        teachers = [t_feats] if isinstance(t_feats, Tensor) else list(t_feats)
+        if not len(students) == len(teachers) == len(self.regressors):
+            raise ValueError(
+                f"got {len(students)} student and {len(teachers)} teacher features for "
+                f"{len(self.regressors)} pairs"
+            )
+        losses = []
+        for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+            self._check(index, student, teacher)
+            losses.append(_distance(self.regressors[index](student), teacher))
+        return torch.stack(losses).sum()
+
+    def _check(self, index: int, student: Tensor, teacher: Tensor) -> None:
+        shapes = [tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__ for f in (student, teacher)]
+        pair = f"pair {index}: student {shapes[0]} and teacher {shapes[1]}"
+        if not all(isinstance(feat, Tensor) and feat.is_floating_point() for feat in (student, teacher)):
+            raise TypeError(f"{pair} must be floating-point tensors")
+        if student.ndim != 4 or teacher.ndim != 4:
+            raise ValueError(f"{pair} must be (B, C, H, W)")
+        expected = self.student_channels[index], self.teacher_channels[index]
+        if (student.shape[1], teacher.shape[1]) != expected:
+            raise ValueError(f"{pair} must have {expected[0]} and {expected[1]} channels")
+        if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
+            raise ValueError(f"{pair} must have the same batch and spatial sizes")
+
+
+def _distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over the batch of the squared l2 distance of two normalised (B, C, H, W)."""
+    with torch.autocast(student.device.type, enabled=False):
+        units = [normalize_map(f.to(accumulation_dtype(f.dtype)), "l2", 1e-12) for f in (student, teacher)]
+        return (units[0] - units[1]).square().sum() / max(len(student), 1)
+
+
+def _channels(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    channels = (value,) if isinstance(value, int) else tuple(value)
+    for number in channels:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} must be integers, got {value!r}")
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {value!r}")
+    if not channels:
+        raise ValueError(f"{name} is empty: at least one pair is needed")
+    return channels
