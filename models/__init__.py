@@ -1,4 +1,4 @@
-"""Models by name: ``models.create("wrn-16-1", num_classes=10)``.
+"""Models by name, ``models.create("wrn-16-1", num_classes=10)``, and by weights, ``load_pretrained(path)``.
 
 Every model carries ``taps``, a dict that names where attention may be compared: ``"groups"`` (one module per
 resolution) and ``"blocks"`` (every block), each a list of module names in forward order.
@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from models.importers import load_pretrained
 from models.tapped import TappedModel
 
-__all__ = ["TappedModel", "available", "create"]
+__all__ = ["TappedModel", "available", "create", "load_pretrained"]
 
 
 def _wide_resnet(match: re.Match[str], num_classes: int, **options: Any) -> TappedModel:

@@ -13,7 +13,7 @@ from models.tapped import TappedModel
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
-_BLOCKS = {
+BLOCKS = {
     18: (BasicBlock, [2, 2, 2, 2]),
     34: (BasicBlock, [3, 4, 6, 3]),
     50: (Bottleneck, [3, 4, 6, 3]),
@@ -36,11 +36,11 @@ class ResNet(TorchvisionResNet, TappedModel):
     """
 
     def __init__(self, depth: int, num_classes: int = 10, *, in_channels: int = 3, **options: Any) -> None:
-        if depth not in _BLOCKS:
-            raise ValueError(f"there are ResNets of depth {', '.join(map(str, _BLOCKS))}, not {depth}")
+        if depth not in BLOCKS:
+            raise ValueError(f"there are ResNets of depth {', '.join(map(str, BLOCKS))}, not {depth}")
         if in_channels < 1:
             raise ValueError(f"in_channels must be at least 1, got {in_channels}")
-        block, counts = _BLOCKS[depth]
+        block, counts = BLOCKS[depth]
         super().__init__(block, counts, num_classes=num_classes, **options)
         if in_channels != 3:
             self.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.importers import find_weights, load_state
 from trainer.config import ConfigError
 
 
@@ -55,22 +56,12 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:
-    """Load model.pt, or the model in checkpoint.pt; what does not fit `model`, called `name`: ConfigError."""
-    state = load(path)
-    state = state.get("model", state)
-    own = model.state_dict()
-    tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
-    if not tensors or not state:
-        raise ConfigError(f"checkpoint {path} holds no model weights")
-    problems = [f"lacks {key}" for key in own.keys() - state.keys()]
-    problems += [f"has {key}, which the model lacks" for key in state.keys() - own.keys()]
-    problems += [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-        for key in own.keys() & state.keys()
-        if state[key].shape != own[key].shape
-    ]
-    if problems:
-        raise ConfigError(
-            f"checkpoint {path} does not fit {name}: {len(problems)} mismatches, such as: {min(problems)}"
-        )
-    model.load_state_dict(state)
+    """Load model.pt, checkpoint.pt or another project's file (see models.importers) into `model`.
+
+    What does not fit `model`, called `name`, raises ConfigError.
+    """
+    content = load(path)
+    try:
+        load_state(model, find_weights(content))
+    except ValueError as error:
+        raise ConfigError(f"checkpoint {path} does not fit {name}: {error}") from None

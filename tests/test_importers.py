@@ -1,0 +1,265 @@
+"""Weights of other projects: the logits that their own networks give, and no wrong or partial file taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import models
+from models.importers import find_weights, load_state
+
+State = dict[str, Tensor]
+
+
+def draw(*shape: int, low: float = -0.2, high: float = 0.2) -> Tensor:
+    return torch.empty(*shape, dtype=torch.float64).uniform_(low, high)
+
+
+def norm_params(name: str, channels: int) -> State:
+    """Scales and statistics that would expose a BatchNorm in a wrong place."""
+    shift, mean = draw(channels), draw(channels)
+    scale, var = draw(channels, low=0.5, high=1.5), draw(channels, low=0.5, high=1.5)
+    return dict(
+        zip(
+            [f"{name}.{part}" for part in ("weight", "bias", "running_mean", "running_var")],
+            [scale, shift, mean, var],
+            strict=True,
+        )
+    )
+
+
+def norm_relu(x: Tensor, weights: State, name: str) -> Tensor:
+    parts = [weights[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+    mean, var, scale, shift = (part[:, None, None] for part in parts)
+    return ((x - mean) / (var + 1e-5).sqrt() * scale + shift).clamp(min=0)
+
+
+# --- the authors' WRN: functions over a flat dictionary -----------------------------------------------
+
+
+def authors_weights(blocks: int, width: int, classes: int = 10) -> State:
+    widths = [16, 16 * width, 32 * width, 64 * width]
+    weights = {"conv0": draw(16, 3, 3, 3)}
+    for g in range(3):
+        for b in range(blocks):
+            name = f"group{g}.block{b}"
+            before, after = widths[g] if b == 0 else widths[g + 1], widths[g + 1]
+            weights |= norm_params(f"{name}.bn0", before) | norm_params(f"{name}.bn1", after)
+            weights[f"{name}.conv0"] = draw(after, before, 3, 3)
+            weights[f"{name}.conv1"] = draw(after, after, 3, 3)
+            if before != after:
+                weights[f"{name}.convdim"] = draw(after, before, 1, 1)
+    weights |= norm_params("bn", widths[3])
+    return weights | {"fc.weight": draw(classes, widths[3]), "fc.bias": draw(classes)}
+
+
+def authors_logits(w: State, blocks: int, x: Tensor) -> Tensor:
+    x = F.conv2d(x, w["conv0"], padding=1)
+    for g in range(3):
+        for b in range(blocks):
+            name, stride = f"group{g}.block{b}", 2 if g > 0 and b == 0 else 1
+            active = norm_relu(x, w, f"{name}.bn0")
+            y = F.conv2d(active, w[f"{name}.conv0"], stride=stride, padding=1)
+            y = F.conv2d(norm_relu(y, w, f"{name}.bn1"), w[f"{name}.conv1"], padding=1)
+            if f"{name}.convdim" in w:
+                x = F.conv2d(active, w[f"{name}.convdim"], stride=stride)
+            x = x + y
+    return F.linear(norm_relu(x, w, "bn").mean((2, 3)), w["fc.weight"], w["fc.bias"])
+
+
+# --- RepDistiller's and mdistiller's WRN: modules -----------------------------------------------------
+
+
+def repdistiller_weights(blocks: int, width: int, classes: int = 100) -> State:
+    widths = [16, 16 * width, 32 * width, 64 * width]
+    weights = {"conv1.weight": draw(16, 3, 3, 3)}
+    for g in range(3):
+        for b in range(blocks):
+            name = f"block{g + 1}.layer.{b}"
+            before, after = widths[g] if b == 0 else widths[g + 1], widths[g + 1]
+            weights |= norm_params(f"{name}.bn1", before) | norm_params(f"{name}.bn2", after)
+            weights[f"{name}.conv1.weight"] = draw(after, before, 3, 3)
+            weights[f"{name}.conv2.weight"] = draw(after, after, 3, 3)
+            weights[f"{name}.bn1.num_batches_tracked"] = torch.tensor(7)
+            if before != after:
+                weights[f"{name}.convShortcut.weight"] = draw(after, before, 1, 1)
+    weights |= norm_params("bn1", widths[3])
+    return weights | {"fc.weight": draw(classes, widths[3]), "fc.bias": draw(classes)}
+
+
+def repdistiller_logits(w: State, blocks: int, x: Tensor) -> Tensor:
+    out = F.conv2d(x, w["conv1.weight"], padding=1)
+    for g in range(3):
+        for b in range(blocks):
+            name, stride = f"block{g + 1}.layer.{b}", 2 if g > 0 and b == 0 else 1
+            pre = norm_relu(out, w, f"{name}.bn1")
+            y = F.conv2d(pre, w[f"{name}.conv1.weight"], stride=stride, padding=1)
+            y = F.conv2d(norm_relu(y, w, f"{name}.bn2"), w[f"{name}.conv2.weight"], padding=1)
+            equal = f"{name}.convShortcut.weight" not in w
+            out = y + (out if equal else F.conv2d(pre, w[f"{name}.convShortcut.weight"], stride=stride))
+    return F.linear(norm_relu(out, w, "bn1").mean((2, 3)), w["fc.weight"], w["fc.bias"])
+
+
+STATISTICS = ("running_mean", "running_var")
+
+
+def statistics_aside(weights: State) -> dict[str, Any]:
+    """As the authors' first checkpoints: parameters and statistics apart."""
+    stats = {key: value for key, value in weights.items() if key.endswith(STATISTICS)}
+    return {
+        "params": {key: weights[key] for key in weights.keys() - stats.keys()},
+        "stats": stats,
+        "epoch": 3,
+    }
+
+
+AUTHORS_FILES = {
+    "flat": lambda w: w,
+    "params": lambda w: {"params": w, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}},
+    "params and stats": statistics_aside,
+    "a student beside its teacher": lambda w: {
+        "params": {f"student.{k}": v for k, v in w.items()}
+        | {f"teacher.{k}": v for k, v in authors_weights(1, 3).items()}
+    },
+    "parameters": lambda w: {"params": {k: torch.nn.Parameter(v) for k, v in w.items()}},
+}
+
+
+@pytest.mark.parametrize("wrap", AUTHORS_FILES.values(), ids=AUTHORS_FILES.keys())
+@pytest.mark.parametrize("blocks, width", [(2, 1), (1, 2)])
+def test_authors_wrn(blocks: int, width: int, wrap: Any, tmp_path: Path) -> None:
+    weights = authors_weights(blocks, width)
+    torch.save(wrap(weights), tmp_path / "model.pt7")
+    model = models.load_pretrained(tmp_path / "model.pt7").double()
+    assert not model.training
+    load_state(model, find_weights(wrap(weights)))  # in fp64, as the file has it
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(model(images), authors_logits(weights, blocks, images))
+    assert len(model.taps["blocks"]) == 3 * blocks
+
+
+REPDISTILLER_FILES = {
+    "RepDistiller": lambda w: {"epoch": 240, "model": w, "best_acc": 75.6, "optimizer": {}},
+    "mdistiller": lambda w: {"model": {f"module.{k}": v for k, v in w.items()}, "epoch": 240},
+    "mdistiller's distiller": lambda w: {
+        "model": {f"module.student.{k}": v for k, v in w.items()}
+        | {f"module.teacher.{k}": v for k, v in repdistiller_weights(1, 3).items()}
+    },
+}
+
+
+@pytest.mark.parametrize("wrap", REPDISTILLER_FILES.values(), ids=REPDISTILLER_FILES.keys())
+@pytest.mark.parametrize("blocks, width", [(2, 1), (1, 2)])
+def test_repdistiller_wrn(blocks: int, width: int, wrap: Any, tmp_path: Path) -> None:
+    weights = repdistiller_weights(blocks, width)
+    torch.save(wrap(weights), tmp_path / "ckpt.pth")
+    model = models.load_pretrained(tmp_path / "ckpt.pth").double()
+    load_state(model, find_weights(wrap(weights)))
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(model(images), repdistiller_logits(weights, blocks, images))
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_torchvision_resnet(depth: int, tmp_path: Path) -> None:
+    models.create("resnet-18")  # makes torchvision importable next to a CPU-only torch
+    import torchvision.models
+
+    theirs = getattr(torchvision.models, f"resnet{depth}")(num_classes=5).eval()
+    torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
+    ours = models.load_pretrained(tmp_path / "resnet.pth")
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours(images), theirs(images))
+    assert ours.taps["groups"] == ["layer1", "layer2", "layer3", "layer4"]
+
+
+@pytest.mark.parametrize("name", ["wrn-10-2", "wrn-16-1", "resnet-34", "nin-thin", "nin-thin-nobn-rawpool"])
+def test_own_weights_come_back(name: str, tmp_path: Path) -> None:
+    model = models.create(name, num_classes=7, in_channels=1).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pt")
+    again = models.load_pretrained(tmp_path / "model.pt", name if name.startswith("nin") else None)
+    images = torch.randn(2, 1, 32, 32)
+    assert torch.equal(again(images), model(images))
+
+
+def test_prefixes_of_wrappers_are_dropped(tmp_path: Path) -> None:
+    model = models.create("wrn-10-1").eval()
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        torch.save({prefix + key: value for key, value in model.state_dict().items()}, tmp_path / "w.pt")
+        assert torch.equal(models.load_pretrained(tmp_path / "w.pt").state_dict()["bn.bias"], model.bn.bias)
+
+
+# --- refusals -----------------------------------------------------------------------------------------
+
+
+def refusal(content: Any, folder: Path, name: str | None = None) -> str:
+    torch.save(content, folder / "file.pt")
+    with pytest.raises(ValueError) as error:
+        models.load_pretrained(folder / "file.pt", name)
+    assert "file.pt" in str(error.value)
+    return str(error.value)
+
+
+def test_partial_files_are_refused_by_their_own_keys(tmp_path: Path) -> None:
+    weights = authors_weights(2, 1)
+    del weights["group1.block1.bn1.running_var"], weights["group0.block0.conv0"]
+    weights["group1.block0.convdim2"] = draw(1)
+    text = refusal(weights, tmp_path, "wrn-16-1")
+    assert "the authors' WRN" in text
+    assert "2 missing: group0.block0.conv0, group1.block1.bn1.running_var" in text
+    assert "1 unexpected: group1.block0.convdim2" in text
+    theirs = repdistiller_weights(1, 1)
+    del theirs["block3.layer.0.convShortcut.weight"], theirs["fc.bias"]
+    assert "2 missing: block3.layer.0.convShortcut.weight, fc.bias" in refusal(theirs, tmp_path)
+    without_statistics = statistics_aside(authors_weights(1, 1))
+    del without_statistics["stats"]
+    assert "14 missing: bn.running_mean, bn.running_var, group0.block0.bn0.running_mean" in refusal(
+        without_statistics, tmp_path
+    )
+
+
+def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
+    text = refusal(authors_weights(1, 1), tmp_path, "wrn-40-1")
+    assert "missing: " in text
+    assert " more" in text
+    assert len(text) < 1500
+
+
+def test_other_shapes_are_refused(tmp_path: Path) -> None:
+    weights = authors_weights(1, 1)
+    weights["group2.block0.conv1"] = draw(64, 64, 5, 5)
+    text = refusal(weights, tmp_path)
+    assert "1 shapes: group2.block0.conv1 is (64, 64, 5, 5), not (64, 64, 3, 3)" in text
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ([1, 2], "no model weights"),
+        ({}, "no model weights"),
+        ({"model": {}}, "no model weights"),
+        ({"epoch": 3}, "no model weights"),
+        ({"conv9.weight": torch.zeros(1)}, "no known model, such as: conv9.weight"),
+        (lambda: models.create("nin-thin").state_dict(), "name it"),
+        (
+            lambda: {"fc.weight": torch.zeros(()), **authors_weights(1, 1)} | {"conv0": torch.zeros(3)},
+            "conv0 is",
+        ),
+    ],
+)
+def test_files_of_something_else_are_refused(content: Any, words: str, tmp_path: Path) -> None:
+    assert words in refusal(content() if callable(content) else content, tmp_path)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        models.load_pretrained(tmp_path / "none.pt")
+    torch.save(refusal, tmp_path / "code.pt")  # a function: must not be loaded
+    (tmp_path / "text.pt").write_text("not weights")
+    for name in ("code.pt", "text.pt"):
+        with pytest.raises(ValueError, match=f"{name} is truncated or not a checkpoint"):
+            models.load_pretrained(tmp_path / name)
