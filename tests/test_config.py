@@ -129,7 +129,7 @@ AT = {"teacher": "wrn-10-2", "teacher-checkpoint": "t.pt"}
         ({"method": "kd", "teacher": "wrn-10-2"}, ["method kd needs teacher-checkpoint"]),
         ({"dataset": "cifar10"}, ["cifar10 needs data-dir"]),
         ({"dataset": "mnist"}, ["dataset", "'mnist'"]),
-        ({"dataset": "imagefolder", "data-dir": "x"}, ["imagefolder is not available yet"]),
+        ({"dataset": "imagefolder"}, ["imagefolder needs data-dir"]),
         ({"method": "hints"}, ["method hints is not available yet"]),
         ({"method": "grad-at"}, ["method grad-at is not available yet"]),
         ({"method": "symmetry"}, ["method symmetry is not available yet"]),

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 import at_fused
 
 NOT_YET = {
-    "dataset": ("imagefolder",),
     "method": ("hints", "grad-at", "symmetry", "min-l2"),
     "pretrained": (True,),
 }
@@ -36,10 +35,10 @@ class Config(BaseModel):
         use_attribute_docstrings=True,
     )
 
-    dataset: Literal["digits", "cifar10", "cifar100", "imagefolder"] = "cifar10"
+    dataset: Literal["digits", "cifar10", "cifar100", "imagefolder", "cub"] = "cifar10"
     """what to train on"""
     data_dir: Path | None = None
-    """folder that contains the data set's own folder (digits needs none)"""
+    """folder that contains the data set's own folder (digits needs none); of imagefolder: train and val"""
     student: str
     """model to train, such as wrn-16-1"""
     teacher: str | None = None
@@ -96,8 +95,12 @@ class Config(BaseModel):
     """Nesterov's form of momentum"""
     weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False)
     """weight decay of SGD, on every parameter"""
-    augment: bool = True
+    augment: Literal["crop-flip", "flip", "none"] = "crop-flip"
     """random crops, and flips where the data allow them"""
+    image_size: int = Field(224, ge=1)
+    """height and width of the images of imagefolder and cub"""
+    max_unreadable: int = Field(100, ge=0)
+    """image files that may be unreadable, and are skipped, before the run ends"""
 
     seed: int = Field(0, ge=0)
     """seed of weights, data order and augmentation"""
@@ -114,7 +117,7 @@ class Config(BaseModel):
     backend: str = "auto"
     """backend of at_fused"""
     workers: int = Field(0, ge=0)
-    """data-loading processes; the data sets held in memory need none"""
+    """data-loading processes per rank, of imagefolder and cub; 0 loads in the training process"""
     threads: int = Field(0, ge=0)
     """CPU threads per rank; 0 leaves PyTorch's choice"""
 
@@ -198,7 +201,16 @@ class Config(BaseModel):
 
 
 # Keys that may change between a run and its continuation: they do not alter what is learned.
-FREE_KEYS = ("data-dir", "output-dir", "resume", "max-steps", "checkpoint-every", "workers", "threads")
+FREE_KEYS = (
+    "data-dir",
+    "output-dir",
+    "resume",
+    "max-steps",
+    "checkpoint-every",
+    "workers",
+    "threads",
+    "max-unreadable",
+)
 
 
 def differing_keys(old: dict[str, Any], new: Config) -> list[str]:

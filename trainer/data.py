@@ -7,15 +7,19 @@ them again.
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trainer.config import Config, ConfigError
+from trainer.sampling import generator, stratified
+
+if TYPE_CHECKING:
+    from trainer.folders import FileSet
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,12 @@ class Split:
     def to(self, device: torch.device) -> Split:
         return Split(self.images.to(device), self.labels.to(device))
 
+    def subset(self, limit: int | None, seed: int) -> Split:
+        if limit is None:
+            return self
+        chosen = stratified(self.labels, limit, seed)
+        return Split(self.images[chosen], self.labels[chosen])
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -44,6 +54,21 @@ class ImageSet:
     pad: int
     flip: bool
 
+    def example(self) -> Tensor:
+        """An image (1, 3, H, W), as batches have them."""
+        return evaluation_batch(self, slice(0, 1))[0]
+
+    def training_batches(
+        self, seed: int, epoch: int, parts: Iterable[slice]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (n, 3, H, W) fp32, in channels-last memory, and labels (n,), at `parts` of the epoch."""
+        plan = plan_epoch(self, seed, epoch)
+        return (training_batch(self, plan, part) for part in parts)
+
+    def evaluation_batches(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `training_batches`, of the test images `parts`, without augmentation."""
+        return (evaluation_batch(self, part) for part in parts)
+
 
 @dataclass(frozen=True)
 class EpochPlan:
@@ -55,32 +80,38 @@ class EpochPlan:
     flip: Tensor
 
 
-def load(config: Config, device: torch.device) -> ImageSet:
-    """The data set of `config` on `device`. Missing or damaged files: ConfigError naming what is expected."""
+def load(config: Config, device: torch.device) -> ImageSet | FileSet:
+    """The data set of `config`. Missing or damaged files: ConfigError naming what is expected."""
+    if config.dataset in ("imagefolder", "cub"):
+        from trainer import folders  # torchvision takes seconds to import: only those who ask for it pay
+
+        return folders.load(config, device)
     train, test, classes, mean, std = _load_digits() if config.dataset == "digits" else _load_cifar(config)
-    for key, size in (("limit-train", len(train)), ("limit-test", len(test))):
-        limit = config.limit_train if key == "limit-train" else config.limit_test
-        if limit is not None and limit > size:
-            raise ConfigError(f"{key} {limit} is more than the {size} images of {config.dataset}")
-    train = _subset(train, config.limit_train, config.seed)
-    test = _subset(test, config.limit_test, 0)
+    check_limits(config, len(train), len(test))
     pad, flip = {"digits": (2, False)}.get(config.dataset, (4, True))
     return ImageSet(
-        train=train.to(device),
-        test=test.to(device),
+        train=train.subset(config.limit_train, config.seed).to(device),
+        test=test.subset(config.limit_test, 0).to(device),
         classes=classes,
         mean=torch.tensor(mean, device=device),
         std=torch.tensor(std, device=device),
-        pad=pad if config.augment else 0,
-        flip=flip and config.augment,
+        pad=pad if config.augment == "crop-flip" else 0,
+        flip=flip and config.augment != "none",
     )
+
+
+def check_limits(config: Config, train: int, test: int) -> None:
+    """ConfigError where limit-train or limit-test ask for more images than there are."""
+    for key, limit, size in (("train", config.limit_train, train), ("test", config.limit_test, test)):
+        if limit is not None and limit > size:
+            raise ConfigError(f"limit-{key} {limit} is more than the {size} images of {config.dataset}")
 
 
 def plan_epoch(dataset: ImageSet, seed: int, epoch: int) -> EpochPlan:
     """Draw the order and the augmentation of one epoch."""
     images = dataset.train.images
     size = len(images)
-    draw = _generator(seed, epoch)
+    draw = generator(seed, epoch)
     order = torch.randperm(size, generator=draw)
     down, right = torch.randint(2 * dataset.pad + 1, (2, size), generator=draw)
     flip = torch.randint(2, (size,), generator=draw).bool() & dataset.flip
@@ -122,27 +153,6 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def _reflect(position: Tensor, size: int) -> Tensor:
     """Mirror positions beyond an edge back inside, the edge itself not repeated."""
     return size - 1 - (size - 1 - position.abs()).abs()
-
-
-def _generator(*key: Any) -> torch.Generator:
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def _subset(split: Split, limit: int | None, seed: int) -> Split:
-    """`limit` images, as equally many of each class as there are, chosen at random by `seed`."""
-    if limit is None:
-        return split
-    shuffled = torch.randperm(len(split), generator=_generator("subset", seed))
-    labels = split.labels[shuffled]
-    turn = torch.zeros_like(
-        labels
-    )  # 0 for the first of its class in the shuffled order, 1 for the second, ...
-    for label in labels.unique():
-        mine = labels == label
-        turn[mine] = torch.arange(int(mine.sum()))
-    chosen = shuffled[turn.argsort(stable=True)[:limit]].sort().values
-    return Split(split.images[chosen], split.labels[chosen])
 
 
 def _load_digits() -> tuple[Split, Split, int, list[float], list[float]]:

@@ -127,8 +127,7 @@ class Run:
         tapped = _tapped(self.student.to(device), names[0])
         self.pairs: list[str] = []
         if config.uses_at and self.teacher is not None:
-            image, _ = data.evaluation_batch(self.dataset, slice(0, 1))
-            self.pairs = describe_pairs(config, tapped, self.teacher, image, names)
+            self.pairs = describe_pairs(config, tapped, self.teacher, self.dataset.example(), names)
         self.forward: nn.Module = tapped
         if self.ranks.world > 1:
             # Running statistics are rank 0's, sent around once per evaluation instead of at every step.
@@ -188,12 +187,14 @@ class Run:
         config, progress = self.config, self.progress
         progress.partial = None
         epoch, first = divmod(progress.step, self.steps_per_epoch)
-        plan = data.plan_epoch(self.dataset, config.seed, epoch)
         _train_mode(self.student, config.freeze_bn)
         begun = time.perf_counter() - progress.seconds
         signal = 0
-        for _ in range(first, self.steps_per_epoch):
-            self._train_step(plan)
+        parts = [self._batch(step) for step in range(first, self.steps_per_epoch)]
+        shares = [self.ranks.share(part.start, part.stop) for part in parts]
+        batches = self.dataset.training_batches(config.seed, epoch, shares)
+        for part, (images, labels) in zip(parts, batches, strict=True):
+            self._train_step(images, labels, part.stop - part.start)
             progress.step += 1
             self.reporter.step(progress.step)
             signal = stop.poll()
@@ -231,12 +232,14 @@ class Run:
         self._write_metrics()
         return signal  # one that came with the last step: the epoch is complete, and saved
 
-    def _train_step(self, plan: data.EpochPlan) -> None:
-        """One optimizer step on this rank's share of the global batch; nothing here waits for the device."""
+    def _batch(self, step: int) -> slice:
+        """Places in the epoch of the global batch of its `step`-th step."""
+        size = self.config.batch_size
+        return slice(step * size, min((step + 1) * size, len(self.dataset.train)))
+
+    def _train_step(self, images: Tensor, labels: Tensor, batch: int) -> None:
+        """One optimizer step on this rank's share of a global batch; nothing here waits for the device."""
         config, ranks, step = self.config, self.ranks, self.progress.step
-        start = step % self.steps_per_epoch * config.batch_size
-        stop = min(start + config.batch_size, len(self.dataset.train))
-        images, labels = data.training_batch(self.dataset, plan, ranks.share(start, stop))
         images = self._format(images)
         beta = schedules.beta(config, step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
@@ -250,7 +253,7 @@ class Run:
             logits, features = self.forward(images)
             losses = self.objective(logits, features, teacher_logits, teacher_features, labels, beta)
         # DDP averages gradients over ranks: weighted by its share, each gives the mean over the global batch.
-        share = len(labels) * ranks.world / (stop - start)
+        share = len(labels) * ranks.world / batch
         loss = losses.total if share == 1 else losses.total * share
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -273,9 +276,10 @@ class Run:
         share = self.ranks.share(0, len(self.dataset.test))
         counts = torch.zeros(2, dtype=torch.int64, device=self.ranks.device)  # wrong, seen
         with self._autocast():
-            for start in range(share.start, share.stop, self.config.test_batch_size):
-                part = slice(start, min(start + self.config.test_batch_size, share.stop))
-                images, labels = data.evaluation_batch(self.dataset, part)
+            size = self.config.test_batch_size
+            starts = range(share.start, share.stop, size)
+            parts = [slice(start, min(start + size, share.stop)) for start in starts]
+            for images, labels in self.dataset.evaluation_batches(parts):
                 logits, _ = model(self._format(images))
                 counts[0] += (logits.argmax(1) != labels).sum()
                 counts[1] += len(labels)

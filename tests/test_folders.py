@@ -1,0 +1,212 @@
+"""Image files on disk: what is read, cropped, skipped and refused, for any number of ranks and workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trainer import folders
+from trainer.config import Config, ConfigError, make_config
+
+CPU = torch.device("cpu")
+CLASSES = ("ant", "bee", "cat")
+
+
+def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
+    draw = np.random.default_rng(seed)
+    return Image.fromarray(draw.integers(256, size=(height, width, 3), dtype=np.uint8))
+
+
+def make_folders(root: Path, train: int = 8, val: int = 3) -> Path:
+    """`train` and `val` random images of each class."""
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                picture(1000 * label + 10 * i + (split == "val")).save(folder / f"{i}.png")
+    return root
+
+
+def config(root: Path, **keys: object) -> Config:
+    values = {"dataset": "imagefolder", "data-dir": root, "student": "wrn-10-1", "image-size": 16}
+    return make_config(values | {key.replace("_", "-"): value for key, value in keys.items()})
+
+
+def batches(dataset: folders.FileSet, parts: list[slice], seed: int = 0, epoch: int = 0) -> list[Tensor]:
+    """All images, then all labels, of an epoch's batches."""
+    found = list(dataset.training_batches(seed, epoch, parts))
+    return [torch.cat([images for images, _ in found]), torch.cat([labels for _, labels in found])]
+
+
+def test_splits_and_labels(tmp_path: Path) -> None:
+    dataset = folders.load(config(make_folders(tmp_path)), CPU)
+    assert (len(dataset.train), len(dataset.test), dataset.classes) == (24, 9, 3)
+    for files in (dataset.train, dataset.test):
+        assert [Path(path).parent.name for path in files.paths] == [CLASSES[i] for i in files.labels]
+    limited = folders.load(config(tmp_path, limit_train=9, limit_test=4), CPU)
+    assert torch.bincount(limited.train.labels).tolist() == [3, 3, 3]
+    assert len(limited.test) == 4
+    with pytest.raises(ConfigError, match="limit-train 25 is more than the 24 images of imagefolder"):
+        folders.load(config(tmp_path, limit_train=25), CPU)
+
+
+def test_evaluation_is_the_normalised_centre_crop(tmp_path: Path) -> None:
+    dataset = folders.load(config(make_folders(tmp_path), image_size=14), CPU)
+    ((images, labels),) = dataset.evaluation_batches([slice(2, 5)])
+    assert images.shape == (3, 3, 14, 14)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.tolist() == [0, 1, 1]
+    for place, path in enumerate(dataset.test.paths[2:5]):
+        scaled = Image.open(path).resize((21, 16), Image.Resampling.BILINEAR)  # 16 = 14 * 256 / 224
+        crop = np.asarray(scaled, dtype=np.float32)[1:15, 4:18]
+        expected = (crop / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        np.testing.assert_allclose(images[place].permute(1, 2, 0), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_batches_are_the_same_for_any_ranks_workers_and_start(tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    alone = folders.load(config(tmp_path), CPU)
+    before = torch.get_rng_state()
+    whole = batches(alone, [slice(0, 8), slice(8, 16), slice(16, 24)], seed=3, epoch=1)
+    assert torch.equal(torch.get_rng_state(), before), "the run's own random numbers are left alone"
+    assert sorted(whole[1].tolist()) == [0] * 8 + [1] * 8 + [2] * 8, "each image once"
+    resumed = batches(alone, [slice(8, 16), slice(16, 24)], seed=3, epoch=1)
+    halves = batches(alone, [slice(0, 4), slice(12, 16)], seed=3, epoch=1)
+    helped = folders.load(config(tmp_path, workers=2), CPU)
+    for tensor, late, half, other in zip(
+        whole,
+        resumed,
+        halves,
+        batches(helped, [slice(0, 12), slice(12, 24)], seed=3, epoch=1),
+        strict=True,
+    ):
+        assert torch.equal(tensor[8:], late)
+        assert torch.equal(torch.cat([tensor[:4], tensor[12:16]]), half)
+        assert torch.equal(tensor, other)
+    again = batches(helped, [slice(0, 24)], seed=3, epoch=2)
+    assert not torch.equal(again[0], whole[0]), "each epoch has its own order and crops"
+
+
+@pytest.mark.parametrize(
+    "augment, distinct",
+    [("none", 1), ("flip", 2), ("crop-flip", 9)],
+)
+def test_augmentation(augment: str, distinct: int, tmp_path: Path) -> None:
+    """How many versions of one image ten epochs show; each version under flip is the other's mirror image."""
+    for split in ("train", "val"):
+        (tmp_path / split / "ant").mkdir(parents=True)
+        picture(5).save(tmp_path / split / "ant" / "0.png")
+    dataset = folders.load(config(tmp_path, augment=augment), CPU)
+    seen = [batches(dataset, [slice(0, 1)], epoch=epoch)[0] for epoch in range(10)]
+    versions = {image.numpy().tobytes(): image for image in seen}
+    assert len(versions) >= distinct if augment == "crop-flip" else len(versions) == distinct
+    if augment == "flip":
+        one, other = versions.values()
+        assert torch.equal(one, other.flip(-1))
+
+
+def test_odd_files_are_read_and_broken_ones_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Greyscale, CMYK and palette images count; a truncated, an empty and a foreign file are named once."""
+    make_folders(tmp_path)
+    ants, test_ants = tmp_path / "train" / "ant", tmp_path / "val" / "ant"
+    picture(1).convert("L").save(ants / "0.png")
+    picture(2).convert("CMYK").save(ants / "1.jpg")
+    (ants / "1.png").unlink()
+    picture(3).convert("P").save(ants / "2.png")
+    whole = (ants / "3.png").read_bytes()
+    (ants / "3.png").write_bytes(whole[: len(whole) // 2])
+    (ants / "4.png").write_bytes(b"")
+    (test_ants / "0.png").write_text("not an image")
+    dataset = folders.load(config(tmp_path), CPU)
+    for epoch in range(2):
+        images, labels = batches(dataset, [slice(0, 24)], epoch=epoch)
+        assert len(images) == 24, "batches keep their size"
+        assert images.isfinite().all()
+        assert torch.bincount(labels).tolist() == [8, 8, 8], "the next image stands in"
+        seen = sum(len(labels) for _, labels in dataset.evaluation_batches([slice(0, 5), slice(5, 9)]))
+        assert seen == 8, "an image that can't be read is not counted"
+    lines = capsys.readouterr().err.splitlines()
+    assert [Path(line.split()[1].rstrip(",")).name for line in sorted(lines)] == ["3.png", "4.png", "0.png"]
+    assert all(line.startswith("skipped ") and line.endswith(")") for line in lines)
+
+
+def test_too_many_broken_files_end_the_run(tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    for i in range(3):
+        (tmp_path / "train" / "bee" / f"{i}.png").write_bytes(b"")
+    allowed = folders.load(config(tmp_path, max_unreadable=3), CPU)
+    assert len(batches(allowed, [slice(0, 24)])[0]) == 24
+    with pytest.raises(ConfigError, match=r"3 images can't be read, such as .*\.png .*max-unreadable is 2"):
+        batches(folders.load(config(tmp_path, max_unreadable=2), CPU), [slice(0, 24)])
+    for path in (tmp_path / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    generous = folders.load(config(tmp_path, max_unreadable=50), CPU)
+    with pytest.raises(ConfigError, match="9 images can't be read"):
+        list(generous.evaluation_batches([slice(0, 9)]))
+
+
+def test_missing_and_inconsistent_folders(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected the folders train and val"):
+        folders.load(config(tmp_path), CPU)
+    make_folders(tmp_path)
+    (tmp_path / "val" / "cat").rename(tmp_path / "val" / "dog")
+    with pytest.raises(ConfigError, match="train and val differ in their classes, such as cat"):
+        folders.load(config(tmp_path), CPU)
+    (tmp_path / "val" / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty"):
+        folders.load(config(tmp_path), CPU)
+
+
+def make_cub(root: Path) -> Path:
+    """Six images of two classes, each black but for a white box, which its bounding box gives."""
+    root = root / "CUB_200_2011"
+    (root / "images").mkdir(parents=True)
+    tables: dict[str, list[str]] = {
+        name: [] for name in ("images", "image_class_labels", "train_test_split", "bounding_boxes")
+    }
+    for number in range(1, 7):
+        image = np.zeros((60, 80, 3), dtype=np.uint8)
+        left, top, width, height = 10 + number, 5, 40, 30
+        image[top : top + height, left : left + width] = 255
+        Image.fromarray(image).save(root / "images" / f"{number}.png")
+        tables["images"].append(f"{number} {number}.png")
+        tables["image_class_labels"].append(f"{number} {1 + number % 2}")
+        tables["train_test_split"].append(f"{number} {int(number <= 4)}")
+        tables["bounding_boxes"].append(f"{number} {left}.0 {top}.0 {width}.0 {height}.0")
+    for name, lines in tables.items():
+        (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_cub_crops_the_bounding_box(tmp_path: Path) -> None:
+    make_cub(tmp_path)
+    dataset = folders.load(config(tmp_path, dataset="cub"), CPU)
+    assert (len(dataset.train), len(dataset.test), dataset.classes) == (4, 2, 2)
+    assert dataset.train.labels.tolist() == [1, 0, 1, 0]
+    white = ((torch.tensor([255.0] * 3) - dataset.mean) / dataset.std).view(1, 3, 1, 1)
+    images, _ = batches(dataset, [slice(0, 4)])
+    torch.testing.assert_close(images, white.expand_as(images))
+    ((images, _),) = dataset.evaluation_batches([slice(0, 2)])
+    torch.testing.assert_close(images, white.expand_as(images))
+
+
+def test_damaged_cub_tables(tmp_path: Path) -> None:
+    root = make_cub(tmp_path)
+    (root / "bounding_boxes.txt").write_text("1 10 five 40 30\n")
+    with pytest.raises(ConfigError, match=r"bounding_boxes.txt, line 1: cannot be understood"):
+        folders.load(config(tmp_path, dataset="cub"), CPU)
+    (root / "bounding_boxes.txt").write_text("1 10 5 40 30\n")
+    with pytest.raises(ConfigError, match="image 2 has no label or no bounding box"):
+        folders.load(config(tmp_path, dataset="cub"), CPU)
+    (root / "images.txt").unlink()
+    with pytest.raises(ConfigError, match=r"images.txt: No such file"):
+        folders.load(config(tmp_path, dataset="cub"), CPU)

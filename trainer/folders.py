@@ -1,0 +1,289 @@
+"""Image files on disk: any folder of classes (ImageNet, Scenes) and CUB-200-2011, read by worker processes.
+
+An image's augmentation is drawn from the seed, the epoch and the image's place in it alone: any number of
+ranks and workers sees the same batches, and a resumed run finds them again.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from models import torchvision_compat  # noqa: F401  (before torchvision)
+from trainer import data
+from trainer.config import Config, ConfigError
+from trainer.sampling import generator, stratified
+
+# isort: split
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, in units of the uint8 pixels
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+Key = tuple[int, int]  # index of an image, seed of its augmentation
+Fault = tuple[int, str]  # index of an image that can't be read, and why
+
+
+@dataclass(frozen=True)
+class Files:
+    """Paths of images, their labels (N,) int64, and the boxes to cut out of them, where there are any."""
+
+    paths: list[str]
+    labels: Tensor
+    boxes: list[Box] | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def subset(self, limit: int | None, seed: int) -> Files:
+        if limit is None:
+            return self
+        chosen = stratified(self.labels, limit, seed)
+        boxes = None if self.boxes is None else [self.boxes[i] for i in chosen]
+        return Files([self.paths[i] for i in chosen], self.labels[chosen], boxes)
+
+
+@dataclass(frozen=True)
+class Sample:
+    image: Tensor | None  # (H, W, 3) uint8
+    label: int
+    faults: list[Fault]
+
+
+class ImageFiles(Dataset[Sample]):
+    """Decoded, augmented images by (index, seed).
+
+    An image that can't be read is left out (None), or, where batches must keep their size, replaced by the
+    next one that can.
+    """
+
+    def __init__(self, files: Files, transform: Callable[[Image.Image], Image.Image], replace: bool) -> None:
+        self.files, self.transform, self.replace = files, transform, replace
+
+    def __getitem__(self, key: Key) -> Sample:
+        first, seed = key
+        faults: list[Fault] = []
+        for step in range(len(self.files) if self.replace else 1):
+            index = (first + step) % len(self.files)
+            try:
+                image = self._read(index, seed)
+            except UNREADABLE as error:
+                reason = str(error).replace(f" {self.files.paths[index]!r}", "") or type(error).__name__
+                faults.append((index, reason.splitlines()[0]))
+                continue
+            return Sample(image, int(self.files.labels[index]), faults)
+        return Sample(None, -1, faults)
+
+    def _read(self, index: int, seed: int) -> Tensor:
+        with Image.open(self.files.paths[index]) as file:
+            image = file.convert("RGB")  # greyscale and CMYK, too
+        if self.files.boxes is not None:
+            image = image.crop(tuple(round(edge) for edge in self.files.boxes[index]))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            image = self.transform(image)
+        return torch.from_numpy(np.array(image))
+
+
+class FileSet:
+    """A data set of image files: the same face as `data.ImageSet`, for the engine."""
+
+    def __init__(self, config: Config, device: torch.device, train: Files, test: Files, classes: int) -> None:
+        self.train, self.test, self.classes = train, test, classes
+        self.size, self.device = config.image_size, device
+        self.mean, self.std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
+        self._faults = Faults(config.max_unreadable)
+        plain, augmented = transforms(config)
+        self._train = _Loader(ImageFiles(train, augmented, replace=True), config.workers, device)
+        self._test = _Loader(ImageFiles(test, plain, replace=False), config.workers, device)
+
+    def example(self) -> Tensor:
+        """A blank image (1, 3, H, W) of the size that batches have."""
+        return torch.zeros(1, 3, self.size, self.size, device=self.device)
+
+    def training_batches(
+        self, seed: int, epoch: int, parts: Iterable[slice]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (n, 3, H, W) fp32, in channels-last memory, and labels (n,), at `parts` of the epoch."""
+        draw = generator(seed, epoch)
+        order = torch.randperm(len(self.train), generator=draw).tolist()
+        seeds = torch.randint(2**62, (len(self.train),), generator=draw).tolist()
+        keys = [list(zip(order[part], seeds[part], strict=True)) for part in parts]
+        return self._batches(self._train, self.train, keys)
+
+    def evaluation_batches(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `training_batches`, of the test images `parts`, without augmentation."""
+        keys = [[(index, 0) for index in range(part.start, part.stop)] for part in parts]
+        return self._batches(self._test, self.test, keys)
+
+    def _batches(
+        self, loader: _Loader, files: Files, keys: list[list[Key]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, faults in loader.batches(keys):
+            self._faults.report(faults, files)
+            if len(labels):
+                images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
+                yield images.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2), labels
+
+
+class Faults:
+    """Names each unreadable image once, on stderr, and gives up where there are too many.
+
+    Raises:
+        ConfigError: more than `limit` images, or all of a split, can't be read.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.seen: dict[str, str] = {}
+
+    def report(self, faults: Sequence[Fault], files: Files) -> None:
+        for index, reason in faults:
+            path = files.paths[index]
+            if path not in self.seen:
+                self.seen[path] = reason
+                print(f"skipped {path}, which can't be read ({reason})", file=sys.stderr, flush=True)
+        if faults and (len(self.seen) > self.limit or all(path in self.seen for path in files.paths)):
+            path, reason = next(iter(self.seen.items()))
+            raise ConfigError(
+                f"{len(self.seen)} images can't be read, such as {path} ({reason}); "
+                f"max-unreadable is {self.limit}"
+            )
+
+
+class _Loader:
+    """A DataLoader whose workers outlive the epoch, fed with a new list of batches each time."""
+
+    def __init__(self, dataset: ImageFiles, workers: int, device: torch.device) -> None:
+        self._keys: list[list[Key]] = []
+        self._loader: DataLoader[Sample] = DataLoader(
+            dataset,
+            batch_sampler=self._keys,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            collate_fn=_collate,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),  # else each pass draws from the generator that the run resumes by
+        )
+
+    def batches(self, keys: list[list[Key]]) -> Iterator[tuple[Tensor, Tensor, list[Fault]]]:
+        self._keys[:] = keys
+        return iter(self._loader)
+
+
+def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Fault]]:
+    readable = [sample for sample in samples if sample.image is not None]
+    images = torch.stack([sample.image for sample in readable]) if readable else torch.empty(0)  # type: ignore[misc]
+    labels = torch.tensor([sample.label for sample in readable], dtype=torch.int64)
+    return images, labels, [fault for sample in samples for fault in sample.faults]
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the main process decides when its workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def transforms(config: Config) -> tuple[Callable, Callable]:
+    """What is done to test images and to training images, from image to image.
+
+    Evaluation is a single centre crop. ImageNet trains on random resized crops, as the authors' code does;
+    CUB on random crops of the rescaled box (section 4.2.1). Sizes keep the proportion of 224 to 256.
+    """
+    size = config.image_size
+    scaled = v2.Resize(round(size * 256 / 224))
+    plain = [scaled, v2.CenterCrop(size)]
+    crop = [scaled, v2.RandomCrop(size)] if config.dataset == "cub" else [v2.RandomResizedCrop(size)]
+    augmented = {
+        "crop-flip": [*crop, v2.RandomHorizontalFlip()],
+        "flip": [*plain, v2.RandomHorizontalFlip()],
+        "none": plain,
+    }[config.augment]
+    return v2.Compose(plain), v2.Compose(augmented)
+
+
+def load(config: Config, device: torch.device) -> FileSet:
+    """The data set of `config`. Missing or inconsistent folders: ConfigError naming what is expected."""
+    root = Path(str(config.data_dir))
+    train, test, classes = (_read_cub if config.dataset == "cub" else _read_folders)(root)
+    data.check_limits(config, len(train), len(test))
+    train = train.subset(config.limit_train, config.seed)
+    test = test.subset(config.limit_test, 0)
+    return FileSet(config, device, train, test, classes)
+
+
+def _read_folders(root: Path) -> tuple[Files, Files, int]:
+    """root/train/CLASS/*.jpg and root/val/CLASS/*.jpg (or test/)."""
+    held_out = next((name for name in ("val", "test") if (root / name).is_dir()), "val")
+    splits = []
+    for name in ("train", held_out):
+        try:
+            splits.append(ImageFolder(root / name))
+        except OSError as error:
+            reason = str(error).split(" Supported extensions")[0]
+            raise ConfigError(
+                f"data-dir {root}: expected the folders train and val (or test), with a folder of images for "
+                f"each class ({reason})"
+            ) from None
+    train, test = splits
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise ConfigError(f"data-dir {root}: train and {held_out} differ in their classes, such as {odd[0]}")
+    files = [Files([path for path, _ in split.samples], torch.tensor(split.targets)) for split in splits]
+    return files[0], files[1], len(train.classes)
+
+
+def _read_cub(root: Path) -> tuple[Files, Files, int]:
+    """CUB-200-2011's own text files: a line per image, its number first."""
+    root = root / "CUB_200_2011" if (root / "CUB_200_2011").is_dir() else root
+    names = _read_table(root / "images.txt", str)
+    labels = _read_table(root / "image_class_labels.txt", int)
+    trains = _read_table(root / "train_test_split.txt", int)
+    boxes = _read_table(root / "bounding_boxes.txt", float)
+    files = []
+    for train in (1, 0):
+        numbers = [number for number in names if trains.get(number) == [train]]
+        missing = [number for number in numbers if number not in labels or len(boxes.get(number, ())) != 4]
+        if missing:
+            raise ConfigError(f"data-dir {root}: image {missing[0]} has no label or no bounding box")
+        if not numbers:
+            raise ConfigError(f"data-dir {root}: train_test_split.txt marks no image with {train}")
+        files.append(
+            Files(
+                [str(root / "images" / names[number][0]) for number in numbers],
+                torch.tensor([labels[number][0] - 1 for number in numbers]),
+                [_box(*boxes[number]) for number in numbers],
+            )
+        )
+    return files[0], files[1], max(label for (label,) in labels.values())
+
+
+def _box(left: float, top: float, width: float, height: float) -> Box:
+    return left, top, left + width, top + height
+
+
+def _read_table(path: Path, kind: Callable) -> dict[int, list]:
+    """The values of each line after its number."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"data-dir {path.parent}: {path.name}: {error.strerror}") from None
+    table = {}
+    for place, line in enumerate(lines, 1):
+        try:
+            number, *values = line.split()
+            table[int(number)] = [kind(value) for value in values]
+        except ValueError:
+            raise ConfigError(f"{path}, line {place}: cannot be understood: {line[:60]!r}") from None
+    return table

@@ -1,0 +1,26 @@
+"""Random choices that depend on a key alone: the same on any machine, for any number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def generator(*key: Any) -> torch.Generator:
+    """A CPU generator seeded by `key`."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
+    """`count` places of `labels` (N,), as equally many of each class as there are, at random by `seed`."""
+    shuffled = torch.randperm(len(labels), generator=generator("subset", seed))
+    of = labels[shuffled]
+    turn = torch.zeros_like(of)  # 0 for the first of its class in the shuffled order, 1 for the second, ...
+    for label in of.unique():
+        mine = of == label
+        turn[mine] = torch.arange(int(mine.sum()))
+    return shuffled[turn.argsort(stable=True)[:count]].sort().values
