@@ -311,7 +311,7 @@ def test_wrong_teacher_checkpoints(teacher: Path, tmp_path: Path, capsys: pytest
         keys = {"method": "at", "teacher": "wrn-10-2", "teacher_checkpoint": tmp_path / name}
         check_refusal(run(tmp_path / "new", **keys), capsys, name, word)
     keys = {"method": "at", "teacher": "wrn-16-2", "teacher_checkpoint": teacher / "model.pt"}
-    check_refusal(run(tmp_path / "new", **keys), capsys, "does not fit wrn-16-2", "lacks group1.1")
+    check_refusal(run(tmp_path / "new", **keys), capsys, "not fit wrn-16-2", "missing: group1.1.bn1.bias")
     keys = {"method": "at", "teacher": "wrn-10-2", "teacher_checkpoint": teacher / "model.pt"}
     check_refusal(run(tmp_path / "new", **keys, taps="group1,group7"), capsys, "taps", "group7")
     assert not (tmp_path / "new").exists()
