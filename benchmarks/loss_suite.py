@@ -1,132 +1,101 @@
-"""Suite "loss": forward and backward of the attention-transfer term alone, on the features of real models."""
+"""Suite "loss": times of the attention-transfer term alone, on the features of real models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from benchmarks import timing
-from benchmarks.providers import PROVIDERS, Loss
-from benchmarks.report import Row, geometric_mean
+from benchmarks import counters, timing
+from benchmarks.providers import Provider
+from benchmarks.report import Row
+from benchmarks.subjects import Subject, subjects
 from benchmarks.workloads import Cell
 
-COPY_BYTES = 128 * 2**20  # the least that a copy moves: a buffer of 64 MiB, beyond private caches
+# The least that the copy moves, read and written: beyond private caches, beyond a GPU's L2.
+COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
 
 
-def measure(cells: Sequence[Cell], providers: Sequence[str], device: torch.device, rounds: int) -> list[Row]:
-    """One row per cell and provider."""
-    return [row for cell in cells for row in measure_cell(cell, providers, device, rounds)]
+def measure_cell(
+    cell: Cell,
+    providers: Sequence[Provider],
+    device: torch.device,
+    rounds: int,
+    *,
+    modes: Sequence[str] = ("both",),
+    timings: Sequence[str] = ("eager",),
+) -> list[Row]:
+    """One row per provider, mode and timing ("eager", or "graph" for replays of a CUDA graph).
 
-
-def measure_cell(cell: Cell, providers: Sequence[str], device: torch.device, rounds: int) -> list[Row]:
-    students, teachers = cell.make(device)
-
-    def forward_backward(loss: Loss) -> Callable[[], None]:
-        return lambda: loss(students, teachers).backward()
-
-    def forget_gradients() -> None:
-        for student in students:
-            student.grad = None  # as in training: every step gets fresh gradients
-
-    losses = {name: PROVIDERS[name]() for name in providers}
-    check_agreement(losses, students, teachers, cell)
-    copied = max(COPY_BYTES, cell.floor_bytes)
-    contenders = [
-        timing.Contender(name, forward_backward(loss), forget_gradients) for name, loss in losses.items()
-    ]
-    times = timing.interleave([*contenders, timing.copy(copied, device)], rounds, device)
-
-    bandwidth = copied / times["copy"].median
-    floor = cell.floor_bytes / bandwidth
-    return [
-        {
-            "cell": cell.name,
-            "workload": cell.workload,
-            "batch": cell.batch,
-            "layout": cell.layout,
-            "dtype": cell.dtype,
-            "provider": name,
-            "median_ms": times[name].median * 1e3,
-            "p20_ms": times[name].percentile(20) * 1e3,
-            "p80_ms": times[name].percentile(80) * 1e3,
-            "floor_ms": floor * 1e3,
-            "times_floor": times[name].median / floor,
-            "student_bytes": cell.student_bytes,
-            "teacher_bytes": cell.teacher_bytes,
-            "copy_gb_per_s": bandwidth / 1e9,
-            "rounds": rounds,
-        }
-        for name in losses
-    ]
-
-
-def check_agreement(
-    losses: dict[str, Loss], students: list[Tensor], teachers: list[Tensor], cell: Cell
-) -> None:
-    """Holds every provider's loss and gradients against the authors' form in fp64.
-
-    Raises:
-        RuntimeError: a provider is further off than its dtype explains.
+    Backward alone is not captured: its graph would replay the backward of a forward that is gone.
     """
-    # bf16 eager keeps maps of 8 significant bits and takes their difference: several percent are its own.
-    tolerance = {"fp32": 1e-4, "bf16": 0.15}[cell.dtype]
-    exact = [student.detach().double().requires_grad_() for student in students]
-    truth = PROVIDERS["authors"]()(exact, [teacher.double() for teacher in teachers])
-    truth.backward()
-    for name, loss in losses.items():
-        value = loss(students, teachers)
-        value.backward()
-        off = [_relative(value.detach(), truth.detach())]
-        for student, reference in zip(students, exact, strict=True):
-            if student.grad is None or reference.grad is None:
-                raise RuntimeError(f"{cell.name}: {name} gives no gradient")
-            off.append(_relative(student.grad, reference.grad))
-            student.grad = None
-        if not max(off) <= tolerance:  # NaN fails, too
-            raise RuntimeError(
-                f"{cell.name}: {name} is off by {max(off):.2g} of the value, allowed {tolerance:g}"
-            )
+    found = subjects(cell, providers, device)
+    rows: list[Row] = []
+    for kind in timings:
+        for mode in modes:
+            if (kind, mode) != ("graph", "backward"):
+                rows += _measure(found, mode, kind, device, rounds)
+    for subject in found:
+        counts = {
+            "launches": subject.counted(counters.launches),
+            "peak_extra_bytes": subject.counted(counters.peak_extra_bytes),
+        }
+        for row in rows:
+            if row["provider"] == subject.provider.name and row["mode"] == "both":
+                row |= counts
+    return rows
 
 
-def _relative(value: Tensor, truth: Tensor) -> float:
-    return float((value.double() - truth).norm() / truth.norm())
+def _measure(
+    subjects: Sequence[Subject], mode: str, kind: str, device: torch.device, rounds: int
+) -> list[Row]:
+    cell = subjects[0].cell
+    contenders = []
+    for subject in subjects:
+        contender = subject.contender(mode)
+        if kind == "graph":
+            try:
+                contender = timing.captured(contender, device)
+            except RuntimeError as error:
+                print(f"{cell.name}: {contender.name} can't be captured: {error}", file=sys.stderr)
+                continue
+        contenders.append(contender)
+    copied = max(COPY_BYTES[device.type], cell.bytes_moved())
+    times = timing.interleave([*contenders, timing.copy(copied, device)], rounds, device)
+    for subject in subjects:
+        subject.release()
+    bandwidth = copied / times["copy"].median
+    floor = cell.bytes_moved(mode) / bandwidth
 
-
-def summarize(rows: Sequence[Row], baseline: str = "ours") -> dict[str, dict[str, float]]:
-    """Per provider, over all cells: its time in multiples of the floor and of `baseline`'s (geometric means),
-    and the least and greatest multiple of `baseline`'s."""
-    ours = {row["cell"]: row for row in rows if row["provider"] == baseline}
-    summary: dict[str, dict[str, float]] = {}
-    for provider in dict.fromkeys(row["provider"] for row in rows):
-        mine = [row for row in rows if row["provider"] == provider]
-        entry = {"times_floor": geometric_mean([row["times_floor"] for row in mine])}
-        if ours:
-            speedups = [row["median_ms"] / ours[row["cell"]]["median_ms"] for row in mine]
-            entry[f"times_{baseline}"] = geometric_mean(speedups)
-            entry[f"least_times_{baseline}"] = min(speedups)
-            entry[f"most_times_{baseline}"] = max(speedups)
-        summary[provider] = entry
-    return summary
-
-
-def table(rows: Sequence[Row], baseline: str = "ours") -> tuple[list[str], list[list[str]]]:
-    """Headers, and a line per cell: each provider's time and multiple of the floor; geometric means below."""
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
-    others = [name for name in providers if name != baseline] if baseline in providers else []
-    headers = ["cell", "floor ms", *(f"{name} ms (×floor)" for name in providers)]
-    headers += [f"{name} / {baseline}" for name in others]
-    lines = []
-    for cell in dict.fromkeys(row["cell"] for row in rows):
-        here = {row["provider"]: row for row in rows if row["cell"] == cell}
-        line = [cell, f"{here[providers[0]]['floor_ms']:.2f}"]
-        line += [f"{here[name]['median_ms']:.2f} ({here[name]['times_floor']:.2f})" for name in providers]
-        line += [f"{here[name]['median_ms'] / here[baseline]['median_ms']:.2f}" for name in others]
-        lines.append(line)
-    summary = summarize(rows, baseline)
-    means = [f"({summary[name]['times_floor']:.2f})" for name in providers]
-    lines.append(
-        ["geometric mean", "", *means, *(f"{summary[name][f'times_{baseline}']:.2f}" for name in others)]
-    )
-    return headers, lines
+    rows: list[Row] = []
+    for subject in subjects:
+        provider = subject.provider
+        if provider.name not in times:
+            continue
+        mine = times[provider.name]
+        one_pass = provider.one_pass(cell)
+        moved = cell.bytes_moved(mode, one_pass)
+        rows.append(
+            cell.describe()
+            | {
+                "mode": mode,
+                "timing": kind,
+                "provider": provider.name,
+                "one_pass": one_pass,
+                "median_ms": mine.median * 1e3,
+                "p20_ms": mine.percentile(20) * 1e3,
+                "p80_ms": mine.percentile(80) * 1e3,
+                "floor_ms": floor * 1e3,
+                "times_floor": mine.median / floor,
+                "declared_bytes": moved,
+                "gb_per_s": moved / mine.median / 1e9,
+                "percent_of_copy": moved / mine.median / bandwidth * 100,
+                "copy_gb_per_s": bandwidth / 1e9,
+                "launches": None,
+                "launches_expected": provider.expected_launches(mode),
+                "peak_extra_bytes": None,
+                "rounds": rounds,
+            }
+        )
+    return rows

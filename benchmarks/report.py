@@ -10,14 +10,21 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import at_fused
 
 Row = dict[str, Any]
+
+
+class Table(NamedTuple):
+    heading: str
+    headers: Sequence[str]
+    lines: Sequence[Sequence[str]]
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -41,20 +48,26 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(device)
+        machine["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        machine["cuda"] = torch.version.cuda
+        machine["triton"] = _version("triton")
     return machine
 
 
-def markdown(
-    title: str, machine: dict[str, Any], headers: Sequence[str], lines: Sequence[Sequence[str]]
-) -> str:
-    """A page with one table and the machine it was measured on."""
-    rows = [headers, ["---"] * len(headers), *lines]
-    where = ", ".join(
-        f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}"
-        for key, value in machine.items()
-    )
-    body = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"# {title}\n\n{body}\n\nMeasured on: {where}.\n"
+def markdown(title: str, machine: dict[str, Any] | None, tables: Sequence[Table]) -> str:
+    """A page of tables, headed where there are several, and the machine they were measured on, if any."""
+    parts = [f"# {title}"]
+    for table in tables:
+        parts += [f"## {table.heading}"] if len(tables) > 1 else []
+        rows = [table.headers, ["---"] * len(table.headers), *table.lines]
+        parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    if machine:
+        where = ", ".join(
+            f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+            for key, value in machine.items()
+        )
+        parts.append(f"Measured on: {where}.")
+    return "\n\n".join(parts) + "\n"
 
 
 def write(folder: Path, stem: str, page: str, rows: Sequence[Row], everything: dict[str, Any]) -> None:
@@ -63,7 +76,7 @@ def write(folder: Path, stem: str, page: str, rows: Sequence[Row], everything: d
     (folder / f"{stem}.md").write_text(page)
     (folder / f"{stem}.json").write_text(json.dumps(everything | {"rows": list(rows)}, indent=2) + "\n")
     with (folder / f"{stem}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -76,11 +89,24 @@ def _cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
+def _version(package: str) -> str:
     try:
-        return subprocess.run(
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _commit() -> str:
+    """Of the checkout; a copy without a history is told by the environment variable COMMIT."""
+    return os.environ.get("COMMIT") or _output("git", "describe", "--always", "--dirty")
+
+
+def _output(*command: str) -> str:
+    """The first line that a command prints, or "unknown"."""
+    try:
+        result = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return (result.stdout.splitlines() or ["unknown"])[0].strip()

@@ -4,30 +4,51 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import loss_suite, report
-from benchmarks.providers import PROVIDERS
-from benchmarks.workloads import select_cells
+from benchmarks import loss_suite, loss_tables, memory_suite, report
+from benchmarks.providers import Provider, select_providers
+from benchmarks.report import Row
+from benchmarks.workloads import (
+    DEFAULT_DTYPES,
+    DTYPES,
+    LAYOUTS,
+    MODES,
+    POWERS,
+    WORKLOADS,
+    Cell,
+    select_cells,
+    sweep_cells,
+)
+
+ROUNDS = {"loss": 50, "scaling": 20, "step": 60, "memory": 1}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--suite", choices=("loss", "step"), required=True)
+    parser.add_argument("--suite", choices=list(SUITES), required=True)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--rounds", type=int, help="times that each contender runs (loss 50, step 60)")
     parser.add_argument("--batch", type=int, help="another batch size than the real one")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--quick", action="store_true", help="tiny batches, few rounds: does it run at all?")
-    parser.add_argument("--cells", default="", help="loss: only cells whose name contains this")
-    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
+    loss = parser.add_argument_group("suites loss, memory and scaling; defaults are the device's own")
+    loss.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), help="(cpu: two; cuda: all)")
+    loss.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
+    loss.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="(cpu: fp32 bf16; cuda: bf16)")
+    loss.add_argument("--p", nargs="+", type=int, choices=POWERS, default=[2], help="exponents (2)")
+    loss.add_argument("--modes", nargs="+", choices=MODES, help="(cpu: both; cuda: all)")
+    loss.add_argument("--timings", nargs="+", choices=("eager", "graph"), help="(cpu: eager; cuda: both)")
+    loss.add_argument("--cells", default="", help="only cells whose name contains this")
+    loss.add_argument("--providers", nargs="+", metavar="NAME", help="only these (a wrong name lists all)")
     options = parser.parse_args(argv)
     if options.rounds is None:
-        options.rounds = 3 if options.quick else {"loss": 50, "step": 60}[options.suite]
+        options.rounds = 3 if options.quick else ROUNDS[options.suite]
     if options.batch is None and options.quick:
         options.batch = 2
     if options.rounds < 1 or (options.batch is not None and options.batch < 1):
@@ -35,22 +56,99 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def run_loss(options: argparse.Namespace, device: torch.device) -> str:
-    cells = select_cells(options.cells, options.batch)
-    rows = []
-    for cell in cells:
-        print(f"{cell.name}: {options.rounds} rounds of {', '.join(options.providers)}", flush=True)
-        rows += loss_suite.measure_cell(cell, options.providers, device, options.rounds)
-    machine = report.describe_machine(device)
-    page = report.markdown(
-        "Attention-transfer loss, forward and backward over all pairs", machine, *loss_suite.table(rows)
+def resolve(options: argparse.Namespace, device: torch.device) -> None:
+    """Fills in what depends on the device.
+
+    Raises:
+        ValueError: no such device, or CUDA graphs wanted elsewhere than on CUDA.
+    """
+    cuda = device.type == "cuda"
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is cpu or cuda, not {device.type}")
+    if cuda and not torch.cuda.is_available():
+        raise ValueError("this machine has no CUDA device that torch can use")
+    options.modes = options.modes or (MODES if cuda else ["both"])
+    options.timings = options.timings or (["eager", "graph"] if cuda else ["eager"])
+    if "graph" in options.timings and not cuda:
+        raise ValueError("--timings graph takes a CUDA device")
+
+
+def cells_of(options: argparse.Namespace, device: torch.device) -> list[Cell]:
+    return select_cells(
+        options.cells,
+        options.batch,
+        device_type=device.type,
+        workloads=options.workloads,
+        layouts=options.layouts,
+        dtypes=options.dtypes,
+        powers=options.p,
     )
-    stem = f"loss-{device.type}"
-    summary = loss_suite.summarize(rows)
-    report.write(options.out, stem, page, rows, {"machine": machine, "summary": summary})
+
+
+def progress(cell: Cell, providers: Sequence[Provider]) -> None:
+    names = [provider.name for provider in providers if provider.fits(cell)]
+    print(f"{cell.name}, batch {cell.batch}: {', '.join(names)}", flush=True)
+
+
+def run_loss(options: argparse.Namespace, device: torch.device) -> str:
+    providers = select_providers(options.providers, device)
+    machine = report.describe_machine(device)
+    rows: list[Row] = []
+    page = ""
+    for cell in cells_of(options, device):
+        progress(cell, providers)
+        rows += loss_suite.measure_cell(
+            cell, providers, device, options.rounds, modes=options.modes, timings=options.timings
+        )
+        page = write_loss(options.out, device.type, machine, rows)  # each time: what is measured is kept
+    return page
+
+
+def write_loss(folder: Path, device_type: str, machine: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Leaves loss-DEVICE.md, .csv, .json and .png in `folder`; returns the page."""
     from benchmarks import plots
 
-    plots.times_floor(rows, options.out / f"{stem}.png")
+    page = report.markdown("Attention-transfer loss over all pairs", machine, loss_tables.tables(rows))
+    summary = {heading: loss_tables.summarize(group) for heading, group in loss_tables.groups(rows).items()}
+    stem = f"loss-{device_type}"
+    report.write(folder, stem, page, rows, {"machine": machine, "summary": summary})
+    plots.times_floor(loss_tables.main_group(rows), folder / f"{stem}.png")
+    return page
+
+
+def run_memory(options: argparse.Namespace, device: torch.device) -> str:
+    providers = select_providers(options.providers, device)
+    rows: list[Row] = []
+    for cell in cells_of(options, device):
+        progress(cell, providers)
+        rows += memory_suite.measure_cell(cell, providers, device)
+    machine = report.describe_machine(device)
+    page = report.markdown("Memory of forward and backward", machine, [memory_suite.table(rows)])
+    report.write(options.out, f"memory-{device.type}", page, rows, {"machine": machine})
+    return page
+
+
+def run_scaling(options: argparse.Namespace, device: torch.device) -> str:
+    from benchmarks import plots
+
+    layout, dtype = options.layouts[0], (options.dtypes or DEFAULT_DTYPES[device.type])[0]
+    timing = options.timings[-1]
+    providers = select_providers(options.providers, device)
+    sweeps: dict[str, list[Row]] = {}
+    for varied, cells in sweep_cells(device.type, layout, dtype).items():
+        sweeps[varied] = []
+        for cell in cells[:2] if options.quick else cells:
+            progress(cell, providers)
+            found = loss_suite.measure_cell(cell, providers, device, options.rounds, timings=[timing])
+            sweeps[varied] += [row | {"channels": cell.student[0][0]} for row in found]
+    machine = report.describe_machine(device)
+    title = f"Scaling of forward and backward, one pair (128, 28, 28), {layout}, {dtype}"
+    tables = [loss_tables.times_table(f"Varying {varied}", rows) for varied, rows in sweeps.items()]
+    page = report.markdown(title, machine, tables)
+    rows = [row for found in sweeps.values() for row in found]
+    stem = f"scaling-{device.type}"
+    report.write(options.out, stem, page, rows, {"machine": machine})
+    plots.scaling(sweeps, options.out / f"{stem}.png")
     return page
 
 
@@ -62,21 +160,27 @@ def run_step(options: argparse.Namespace, device: torch.device) -> str:
     rows = step_suite.measure(batch, device, options.rounds)
     machine = report.describe_machine(device)
     title = f"Training step {step_suite.STUDENT} <- {step_suite.TEACHER}, batch {batch}, bf16, channels_last"
-    page = report.markdown(title, machine, *step_suite.table(rows))
+    page = report.markdown(title, machine, [report.Table("Steps", *step_suite.table(rows))])
     report.write(options.out, f"step-{device.type}", page, rows, {"machine": machine})
     return page
+
+
+SUITES: dict[str, Callable[[argparse.Namespace, torch.device], str]] = {
+    "loss": run_loss,
+    "memory": run_memory,
+    "scaling": run_scaling,
+    "step": run_step,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     try:
         device = torch.device(options.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("this machine has no CUDA device that torch can use")
+        resolve(options, device)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        run = run_loss if options.suite == "loss" else run_step
-        print("\n" + run(options, device))
+        print("\n" + SUITES[options.suite](options, device))
     except (ValueError, RuntimeError, OSError) as error:
         print(f"benchmarks: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,23 +1,28 @@
-"""The cells of the loss suite under pytest-benchmark: `pytest benchmarks --benchmark-only`."""
+"""The default cells of the loss suite under pytest-benchmark: `pytest benchmarks --benchmark-only`."""
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.providers import ours
-from benchmarks.workloads import CELLS, Cell
+from benchmarks import timing
+from benchmarks.providers import Provider, providers
+from benchmarks.subjects import Subject
+from benchmarks.workloads import Cell, select_cells
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OURS = [provider for provider in providers(DEVICE).values() if provider.backend]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_forward_backward(cell: Cell, benchmark: BenchmarkFixture) -> None:
-    students, teachers = cell.make(torch.device("cpu"))
-    benchmark.extra_info["floor_bytes"] = cell.floor_bytes
+@pytest.mark.parametrize("provider", OURS, ids=lambda provider: provider.name)
+@pytest.mark.parametrize("cell", select_cells(device_type=DEVICE.type), ids=lambda cell: cell.name)
+def test_forward_backward(cell: Cell, provider: Provider, benchmark: BenchmarkFixture) -> None:
+    subject = Subject(provider, cell, *cell.make(DEVICE))
+    synchronize = timing.synchronizer(DEVICE)
+    benchmark.extra_info["declared_bytes"] = cell.bytes_moved(one_pass=provider.one_pass(cell))
 
-    def forget_gradients() -> None:
-        for student in students:
-            student.grad = None
+    def run() -> None:
+        subject.both()
+        synchronize()
 
-    benchmark.pedantic(
-        lambda: ours(students, teachers).backward(), setup=forget_gradients, rounds=20, warmup_rounds=3
-    )
-    assert all(student.grad is not None and student.grad.isfinite().all() for student in students)
+    benchmark.pedantic(run, setup=subject.prepare, rounds=20, warmup_rounds=3)
+    assert all(student.grad is not None and student.grad.isfinite().all() for student in subject.students)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+L2_BYTES = 256 * 2**20  # more than any GPU's L2 cache
+
 
 def nothing() -> None:
     pass
@@ -58,8 +60,10 @@ def interleave(
     """Times every contender once per round, in an order drawn anew: none always follows the same one.
 
     A round shares what the machine is doing at the moment: compare round by round, or by medians.
+    On a GPU events take the time, and its L2 cache holds nothing of the inputs when a contender starts.
     """
-    synchronize = synchronizer(device)
+    synchronize, elapsed = synchronizer(device), stopwatch(device)
+    evict = evictor(device)
     order = random.Random(0)
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     gc.collect()
@@ -68,16 +72,56 @@ def interleave(
         for number in range(-warmup, rounds):
             for contender in order.sample(list(contenders), len(contenders)):
                 contender.prepare()
+                evict()
                 synchronize()
-                start = time.perf_counter()
-                contender.run()
-                synchronize()
-                elapsed = time.perf_counter() - start
+                taken = elapsed(contender.run)
                 if number >= 0:
-                    seconds[contender.name].append(elapsed)
+                    seconds[contender.name].append(taken)
     finally:
         gc.enable()
     return {name: Times(tuple(values)) for name, values in seconds.items()}
+
+
+def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """A function that runs another on the idle device and returns the seconds until the device is done."""
+
+    def by_clock(run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    def by_events(run: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    return by_events if device.type == "cuda" else by_clock
+
+
+def evictor(device: torch.device) -> Callable[[], object]:
+    """Fills a GPU's L2 cache with something else; on a CPU leaves the caches as they are."""
+    if device.type != "cuda":
+        return nothing
+    return torch.empty(L2_BYTES, dtype=torch.uint8, device=device).zero_
+
+
+def captured(contender: Contender, device: torch.device) -> Contender:
+    """The contender as a CUDA graph: one launch replays all of its kernels, without the host in between."""
+    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):  # lazy initialisation must not be captured
+        for _ in range(3):
+            contender.prepare()
+            contender.run()
+        contender.prepare()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        contender.run()
+    return Contender(contender.name, graph.replay)
 
 
 def copy(bytes_moved: int, device: torch.device) -> Contender:

@@ -1,4 +1,4 @@
-"""The benchmark counts bytes and times right, compares like with like, and writes what it measured."""
+"""The benchmark counts bytes, memory and times right, compares like with like, writes what it measured."""
 
 import csv
 import json
@@ -7,32 +7,94 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import loss_suite, providers, report, run, step_suite, timing
-from benchmarks.workloads import CELLS, select_cells
+import at_fused
+import models
+from at_fused import _ops, backends
+from benchmarks import counters, loss_tables, predictions, providers, report, run, step_suite, timing
+from benchmarks.subjects import Subject, check_agreement, subjects
+from benchmarks.workloads import WORKLOADS, Cell, select_cells, sweep_cells
 
 CPU = torch.device("cpu")
+PROVIDERS = providers.providers(CPU)
+needs_cpu_backend = pytest.mark.skipif("ours-cpu" not in PROVIDERS, reason="the CPU kernel was not built")
+
+
+# --- workloads --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "name, student, teacher",
+    "device_type, name, student, teacher",
     [
         # (16*32*32 + 32*16*16 + 64*8*8) * 128 * 4 bytes, and twice the channels
-        ("cifar-nchw-fp32", 14_680_064, 29_360_128),
-        ("cifar-channels_last-bf16", 7_340_032, 14_680_064),
+        ("cpu", "cifar-nchw-fp32", 14_680_064, 29_360_128),
+        ("cuda", "cifar-channels_last-bf16", 7_340_032, 14_680_064),
+        # two blocks per group
+        ("cuda", "cifar-blocks-nchw-bf16", 14_680_064, 29_360_128),
+        ("cuda", "cifar40-nchw-bf16", 14_680_064, 14_680_064),
+        ("cuda", "cifar40-blocks-nchw-bf16", 29_360_128, 29_360_128),
         # (64*56*56 + 128*28*28 + 256*14*14 + 512*7*7) * 32 * 4 bytes on both sides
-        ("imagenet-channels_last-fp32", 48_168_960, 48_168_960),
-        ("imagenet-nchw-bf16", 24_084_480, 24_084_480),
+        ("cpu", "imagenet-channels_last-fp32", 48_168_960, 48_168_960),
+        ("cpu", "imagenet-nchw-bf16", 24_084_480, 24_084_480),
+        # 376,320 elements * 256 * 2 bytes; four times the channels in ResNet-50
+        ("cuda", "imagenet-nchw-bf16", 192_675_840, 192_675_840),
+        ("cuda", "imagenet50-nchw-bf16", 192_675_840, 770_703_360),
+        # (256*14*14 + 512*7*7) * 256 * 2
+        ("cuda", "imagenet-last2-nchw-bf16", 38_535_168, 38_535_168),
+        ("cuda", "imagenet50-last2-nchw-bf16", 38_535_168, 154_140_672),
+        # 4 * 197 * (192, 384) * 256 * 2
+        ("cuda", "vit-channels_last-bf16", 77_463_552, 154_927_104),
     ],
 )
-def test_bytes_of_a_cell(name: str, student: int, teacher: int) -> None:
-    (cell,) = select_cells(name)
-    assert cell.student_bytes == student
-    assert cell.teacher_bytes == teacher
-    assert cell.floor_bytes == 3 * student + teacher
+def test_bytes_of_a_cell(device_type: str, name: str, student: int, teacher: int) -> None:
+    cells = select_cells(device_type=device_type, dtypes=("fp32", "bf16"))
+    (cell,) = [cell for cell in cells if cell.name == name]
+    assert (cell.student_bytes, cell.teacher_bytes) == (student, teacher)
+    assert cell.bytes_moved() == cell.bytes_moved("both") == 3 * student + teacher
+    assert cell.bytes_moved("forward") == student + teacher
+    assert cell.bytes_moved("backward") == 2 * student
+    assert cell.bytes_moved(one_pass=True) == 2 * student + teacher
+    for one_pass in (False, True):
+        parts = (cell.bytes_moved(mode, one_pass) for mode in ("forward", "backward"))
+        assert sum(parts) == cell.bytes_moved("both", one_pass)
 
 
-@pytest.mark.parametrize("cell", select_cells(batch=2), ids=lambda cell: cell.name)
-def test_features_are_what_the_cell_says(cell) -> None:
+@pytest.mark.parametrize(
+    "workload, student, teacher, taps, size",
+    [
+        ("cifar", "wrn-16-1", "wrn-16-2", "groups", 32),
+        ("cifar-blocks", "wrn-16-1", "wrn-16-2", "blocks", 32),
+        ("cifar40", "wrn-16-2", "wrn-40-2", "groups", 32),
+        ("imagenet", "resnet-18", "resnet-34", "groups", 224),
+        ("imagenet50", "resnet-18", "resnet-50", "groups", 224),
+    ],
+)
+def test_shapes_are_those_of_the_models(
+    workload: str, student: str, teacher: str, taps: str, size: int
+) -> None:
+    def shapes(name: str) -> tuple[tuple[int, ...], ...]:
+        model = models.create(name).to("meta").eval()
+        with at_fused.FeatureTaps(model, model.taps[taps]) as features:
+            model(torch.empty(1, 3, size, size, device="meta"))
+            return tuple(tuple(feature.shape[1:]) for feature in features.features)
+
+    assert WORKLOADS[workload].student == shapes(student)
+    assert WORKLOADS[workload].teacher == shapes(teacher)
+
+
+def test_partial_workloads() -> None:
+    for name in ("imagenet", "imagenet50"):
+        assert WORKLOADS[f"{name}-last2"].student == WORKLOADS[name].student[2:]
+        assert WORKLOADS[f"{name}-last2"].teacher == WORKLOADS[name].teacher[2:]
+    # every third of the 18 blocks of WRN-40-2 has the shape of the same block of WRN-16-2
+    assert set(WORKLOADS["cifar40-blocks"].student) == set(WORKLOADS["cifar40"].student)
+    assert len(WORKLOADS["cifar40-blocks"].teacher) == 6
+
+
+ALL_CELLS = select_cells(batch=2, workloads=list(WORKLOADS), dtypes=("bf16",)) + select_cells(batch=2)
+
+
+@pytest.mark.parametrize("cell", ALL_CELLS, ids=lambda cell: cell.name)
+def test_features_are_what_the_cell_says(cell: Cell) -> None:
     students, teachers = cell.make(CPU)
     assert sum(s.numel() * s.element_size() for s in students) == cell.student_bytes
     assert sum(t.numel() * t.element_size() for t in teachers) == cell.teacher_bytes
@@ -42,10 +104,150 @@ def test_features_are_what_the_cell_says(cell) -> None:
     assert channel_strides == {cell.layout == "channels_last"}
 
 
-def test_cells_are_all_combinations() -> None:
-    assert len({cell.name for cell in CELLS}) == 8
+def test_selection_of_cells() -> None:
+    assert len({cell.name for cell in select_cells()}) == 8  # the quick default
+    assert {cell.batch for cell in select_cells()} == {128, 32}
+    cuda = select_cells(device_type="cuda", powers=(2, 4))
+    assert len({cell.name for cell in cuda}) == len(cuda) == 2 * (8 * 2 + 1)
+    assert sum(cell.name.endswith("-p4") for cell in cuda) == 17
+    assert {cell.batch for cell in cuda if cell.workload.startswith("imagenet")} == {256}
     with pytest.raises(ValueError, match="cifar-nchw-fp32"):
         select_cells("no such cell")
+    with pytest.raises(ValueError, match="none of these layouts"):
+        select_cells(workloads=["vit"], layouts=["nchw"])
+
+
+def test_sweeps_vary_one_thing() -> None:
+    sweeps = sweep_cells("cpu", "nchw", "fp32")
+    assert [cell.batch for cell in sweeps["batch"]] == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert {cell.student for cell in sweeps["batch"]} == {((128, 28, 28),)}
+    assert [cell.student[0][0] for cell in sweeps["channels"]] == [16, 32, 64, 128, 256, 512, 1024]
+    assert {cell.batch for cell in sweeps["channels"]} == {32}
+
+
+# --- providers --------------------------------------------------------------------------------------
+
+
+def pick(name: str, **options: object) -> Cell:
+    (cell,) = select_cells(name, batch=2, **options)  # type: ignore[arg-type]
+    return cell
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["cifar-nchw", "vit-channels_last"])
+def test_providers_agree(name: str, dtype: str, p: int) -> None:
+    cell = pick(name, workloads=["cifar", "vit"], dtypes=[dtype], powers=[p])
+    eager = [provider for provider in PROVIDERS.values() if not provider.compiled]
+    found = subjects(cell, eager, CPU)
+    assert all(student.grad is None for student in found[0].students)
+    assert {"authors", "vecdot"} <= {subject.provider.name for subject in found}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda s, t, p: 1.01 * providers.authors(s, t, p),
+        lambda s, t, p: torch.nan * providers.authors(s, t, p),
+        lambda s, t, p: providers.authors(s, t, p).detach() + 0 * s[0].sum(),
+        lambda s, t, p: providers.authors(s, t, 1),
+    ],
+)
+def test_wrong_values_are_not_timed(wrong) -> None:
+    cell = pick("cifar-nchw-fp32")
+    features = cell.make(CPU)
+    right = Subject(providers.Provider("right", providers.authors), cell, *features)
+    check_agreement([right])
+    with pytest.raises(RuntimeError, match=r"cifar-nchw-fp32: wrong (is off|gives no gradient)"):
+        check_agreement([right, Subject(providers.Provider("wrong", wrong), cell, *features)])
+
+
+def test_autocast_runs_the_authors_form() -> None:
+    cell = pick("cifar-nchw-bf16")
+    provider = providers.Provider("authors-autocast", providers.under_autocast)
+    assert provider.fits(cell)
+    assert not provider.fits(pick("cifar-nchw-fp32"))
+    check_agreement([Subject(provider, cell, *cell.make(CPU))])
+
+
+@needs_cpu_backend
+def test_each_form_runs_the_way_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass: gradients come with the loss. Two passes: a backward kernel, whoever ran before."""
+    backwards = 0
+    backend = backends.modules["cpu"]
+    kernel = backend.attention_maps_backward
+
+    def counting(*arguments: object) -> object:
+        nonlocal backwards
+        backwards += 1
+        return kernel(*arguments)
+
+    monkeypatch.setattr(backend, "attention_maps_backward", counting)
+    for dtype, name, expected in [
+        ("fp32", "ours-cpu", 0),
+        ("fp32", "ours-cpu-two-pass", 1),
+        ("fp16", "ours-cpu", 1),
+    ]:
+        cell = pick(f"cifar-nchw-{dtype}", dtypes=["fp32", "fp16"])
+        subject = Subject(PROVIDERS[name], cell, *cell.make(CPU))
+        assert subject.provider.one_pass(cell) == (expected == 0)
+        for before in (1.0, 2.0):
+            student = torch.ones(1, 1, 2, 2, requires_grad=True)
+            (before * at_fused.attention_loss(student, torch.ones(1, 1, 2, 2))).backward()
+            subject.prepare()
+            backwards = 0
+            subject.forward()
+            ready = _ops._Loss.expects_one
+            subject.backward()
+            assert (backwards, ready) == (expected, expected == 0)
+
+
+@needs_cpu_backend
+def test_no_form_is_measured_twice() -> None:
+    fp16 = pick("cifar-nchw-fp16", dtypes=["fp16"])
+    assert not PROVIDERS["ours-cpu-two-pass"].fits(fp16)  # the loss scale makes it what ours-cpu is
+    assert PROVIDERS["ours-cpu-two-pass"].fits(pick("cifar-nchw-fp32"))
+
+
+def test_every_backend_takes_part() -> None:
+    fused = [name for name in at_fused.available_backends() if name not in ("reference", "cuda")]
+    assert [name for name in PROVIDERS if name.startswith("ours") and "two-pass" not in name] == [
+        f"ours-{name}" for name in fused
+    ]
+    with pytest.raises(ValueError, match="no provider 'mine' on cpu; there are: authors, vecdot"):
+        providers.select_providers(["mine"], CPU)
+
+
+# --- counters and times -----------------------------------------------------------------------------
+
+
+def test_peak_extra_memory_is_exact() -> None:
+    kept = []
+
+    def call() -> None:
+        first = torch.empty(1000, dtype=torch.uint8)
+        second = torch.empty(500, dtype=torch.uint8)
+        del first  # 1500 was the peak
+        kept.append(torch.empty(300, dtype=torch.uint8))
+        del second
+
+    assert counters.peak_extra_bytes(call, CPU) == 1500 - 300
+    assert counters.peak_extra_bytes(kept.clear, CPU) == 300  # held at first, let go of
+    assert counters.launches(call, CPU) is None
+
+
+@needs_cpu_backend
+def test_peak_of_each_form() -> None:
+    """Ours holds the student's map slopes in fp32 and the loss; nothing as big as an activation."""
+    cell = pick("cifar-nchw-bf16")
+    for subject in subjects(cell, [PROVIDERS["ours-cpu"], PROVIDERS["ours-cpu-two-pass"]], CPU):
+        maps = 4 * 2 * (32 * 32 + 16 * 16 + 8 * 8)
+        assert subject.counted(counters.peak_extra_bytes) == maps + 4
+        assert predictions.held_bytes(cell) == maps
+    (eager,) = subjects(cell, [PROVIDERS["authors"]], CPU)
+    peak = eager.counted(counters.peak_extra_bytes)
+    assert peak is not None
+    assert peak > cell.student_bytes  # the squares
 
 
 def test_percentiles_and_means() -> None:
@@ -80,96 +282,248 @@ def test_copy_reads_and_writes_half_each() -> None:
     assert bool((target == 1).all())
 
 
-def test_wrong_values_are_not_timed() -> None:
-    (cell,) = select_cells("cifar-nchw-fp32", batch=2)
-    students, teachers = cell.make(CPU)
-    right = {"authors": providers.authors, "vecdot": providers.vecdot, "ours": providers.ours}
-    loss_suite.check_agreement(right, students, teachers, cell)
-    assert all(student.grad is None for student in students)
-    wrong = {"scaled": lambda s, t: 1.01 * providers.authors(s, t)}
-    with pytest.raises(RuntimeError, match="scaled is off"):
-        loss_suite.check_agreement(wrong, students, teachers, cell)
-    value_only = {"constant": lambda s, t: providers.authors(s, t).detach() + 0 * s[0].sum()}
-    with pytest.raises(RuntimeError, match="constant"):
-        loss_suite.check_agreement(value_only, students, teachers, cell)
+@pytest.mark.parametrize("mode", ["forward", "backward", "both"])
+def test_modes_time_their_part_only(mode: str) -> None:
+    calls: list[str] = []
+
+    def recorded(students, teachers, p):
+        calls.append("forward")
+        loss = providers.authors(students, teachers, p)
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: calls.append("backward"))
+        return loss
+
+    cell = pick("cifar-nchw-fp32")
+    subject = Subject(providers.Provider("recorded", recorded), cell, *cell.make(CPU))
+    contender = subject.contender(mode)
+    for _ in range(2):
+        contender.prepare()
+        calls.clear()
+        contender.run()
+        assert calls == {"both": ["forward", "backward"]}.get(mode, [mode])
+    subject.release()
+    assert subject.students[0].grad is None
 
 
-def rows() -> list[report.Row]:
-    measured = {"one": {"compile": 4.0, "ours": 1.0}, "two": {"compile": 18.0, "ours": 2.0}}
-    floors = {"one": 1.0, "two": 0.5}
-    return [
-        {
-            "cell": cell,
-            "provider": provider,
-            "median_ms": milliseconds,
-            "floor_ms": floors[cell],
-            "times_floor": milliseconds / floors[cell],
-        }
-        for cell, entries in measured.items()
-        for provider, milliseconds in entries.items()
-    ]
+# --- reports ----------------------------------------------------------------------------------------
+
+
+def row(cell: str, provider: str, milliseconds: float, **others: object) -> report.Row:
+    floor = {"one": 1.0, "two": 0.5, "small": 0.01}[cell]
+    return {
+        "cell": cell,
+        "workload": "imagenet",
+        "batch": 256,
+        "dtype": "bf16",
+        "p": 2,
+        "mode": "both",
+        "timing": "eager",
+        "provider": provider,
+        "one_pass": False,
+        "median_ms": milliseconds,
+        "p20_ms": milliseconds,
+        "p80_ms": milliseconds,
+        "floor_ms": floor,
+        "times_floor": milliseconds / floor,
+        "student_bytes": 100,
+        "teacher_bytes": 100,
+        "declared_bytes": 400,
+        "gb_per_s": 1.0,
+        "percent_of_copy": 50.0,
+        "copy_gb_per_s": 2.0,
+        "launches": None,
+        "launches_expected": None,
+        "peak_extra_bytes": None,
+    } | others
+
+
+ROWS = [
+    row("one", "compile", 4.0),
+    row("one", "ours-a", 1.0),
+    row("one", "ours-b", 3.0),
+    row("two", "compile", 18.0),
+    row("two", "ours-a", 2.0),
+]
 
 
 def test_table_of_losses() -> None:
-    headers, lines = loss_suite.table(rows())
-    assert headers == ["cell", "floor ms", "compile ms (×floor)", "ours ms (×floor)", "compile / ours"]
-    assert lines == [
-        ["one", "1.00", "4.00 (4.00)", "1.00 (1.00)", "4.00"],
-        ["two", "0.50", "18.00 (36.00)", "2.00 (4.00)", "9.00"],
-        ["geometric mean", "", "(12.00)", "(2.00)", "6.00"],
+    table = loss_tables.times_table("Both", ROWS)
+    assert table.headers == [
+        "cell",
+        "floor ms",
+        "compile ms (×floor)",
+        "ours-a ms (×floor)",
+        "ours-b ms (×floor)",
+        "compile / ours-a",
     ]
-    summary = loss_suite.summarize(rows())
+    assert table.lines == [
+        ["one", "1", "4 (4.00)", "1 (1.00)", "3 (3.00)", "4.00"],
+        ["two", "0.5", "18 (36.00)", "2 (4.00)", "-", "9.00"],
+        ["geometric mean", "", "(12.00)", "(2.00)", "(3.00)", "6.00"],
+    ]
+    summary = loss_tables.summarize(ROWS)
     assert summary["compile"] == pytest.approx(
         {"times_floor": 12, "times_ours": 6, "least_times_ours": 4, "most_times_ours": 9}
     )
-    assert summary["ours"]["times_ours"] == 1
+    assert summary["ours-a"]["times_ours"] == 1
 
 
 def test_table_without_ours() -> None:
-    headers, lines = loss_suite.table([row for row in rows() if row["provider"] == "compile"])
-    assert headers == ["cell", "floor ms", "compile ms (×floor)"]
-    assert lines[-1] == ["geometric mean", "", "(12.00)"]
+    table = loss_tables.times_table("Both", [r for r in ROWS if r["provider"] == "compile"])
+    assert table.headers == ["cell", "floor ms", "compile ms (×floor)"]
+    assert table.lines[-1] == ["geometric mean", "", "(12.00)"]
+
+
+def test_modes_and_timings_are_kept_apart() -> None:
+    rows = [
+        *ROWS,
+        row("one", "ours-a", 0.4, timing="graph"),
+        row("one", "ours-a", 0.7, mode="forward"),
+    ]
+    headings = [table.heading for table in loss_tables.tables(rows)]
+    assert headings == [
+        "Forward and backward, called from Python",
+        "Forward and backward, replayed as a CUDA graph",
+        "Forward, called from Python",
+        "Details",
+    ]
+    assert loss_tables.main_group(rows) == [rows[5]]
+    assert loss_tables.host_overhead_us(rows[1], rows) == pytest.approx(600)
+    assert loss_tables.host_overhead_us(rows[0], rows) is None
+    assert loss_tables.host_overhead_us(rows[5], rows) is None
+
+
+def test_details() -> None:
+    rows = [row("one", "ours-a", 1.0, launches=3, launches_expected=3, peak_extra_bytes=4, one_pass=True)]
+    (line,) = loss_tables.details_table(rows).lines
+    assert line[3:] == ["ours-a (one pass)", "1 (1 to 1)", "0.0", "1.0", "50", "3 (≤ 3)", "4e-06 (2.00)", "-"]
 
 
 def test_page_names_the_machine() -> None:
-    page = report.markdown("Title", report.describe_machine(CPU), ["a", "b"], [["1", "2"]])
+    table = report.Table("Heading", ["a", "b"], [["1", "2"]])
+    page = report.markdown("Title", report.describe_machine(CPU), [table])
     assert page.startswith("# Title\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\nMeasured on: date ")
     assert torch.__version__ in page
     assert "threads 1" in page
+    assert "\n\n## Heading\n\n" in report.markdown("Title", None, [table, table])
+
+
+def test_commit_of_a_copy_without_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert report.describe_machine(CPU)["commit"] == "abc1234"
+
+
+# --- predictions ------------------------------------------------------------------------------------
+
+
+def test_predictions_are_not_taken_for_measurements(tmp_path: Path) -> None:
+    assert predictions.main(["--out", str(tmp_path)]) == 0
+    page = (tmp_path / "gpu-predictions.md").read_text()
+    # ImageNet, ResNet-18 <- 34, B=256 bf16: 3S+T and 2S+T of S = T = 192.7 MB; maps of 4165 positions in fp32
+    assert "| imagenet-bf16 | 256 | 192.7 | 192.7 | 770.7 | 578.0 | 4.26 (1.11) | ≤ 1 + 1 | ≤ 2 + 1 |" in page
+    assert page.count(f"| {predictions.NOT_MEASURED} |") >= len(predictions.GOALS)
+    assert "reached" not in page
+    assert "missed" not in page
+    assert "Measured on" not in page
+
+
+def test_goals_take_the_worst_cell_of_the_best_backend() -> None:
+    graph = {"timing": "graph", "mode": "both"}
+    rows = [
+        row("one", "ours-a", 1.0, **graph, percent_of_copy=95.0),
+        row("one", "ours-b", 2.0, **graph, percent_of_copy=47.0),
+        row("two", "ours-a", 2.0, **graph, percent_of_copy=83.0),
+        row("one", "compile", 2.5, **graph),
+        row("two", "compile", 4.5, **graph),
+        row("one", "authors-autocast", 5.0, **graph),
+        row("one", "ours-a", 9.0, **graph, dtype="fp32", percent_of_copy=1.0),
+        row("one", "ours-a", 1.5, peak_extra_bytes=1),
+        row("one", "authors", 9.0, peak_extra_bytes=500),
+        row("small", "ours-a", 0.020, **graph, workload="cifar"),
+        row("small", "ours-a", 0.120, workload="cifar"),
+        {"step": "AT, ours", "cost_percent": 0.7},
+    ]
+    lines = {goal.text: goal.line(rows)[2:] for goal in predictions.GOALS}
+    found = [tuple(line) for line in lines.values()]
+    assert found == [
+        ("83", "missed"),
+        ("not measured", ""),
+        ("5", "missed"),
+        ("2.25", "reached"),
+        ("0.5", "reached"),
+        ("250", ""),
+        ("not measured", ""),
+        ("20", "reached"),
+        ("100", "reached"),
+        ("0.7", "reached"),
+    ]
+
+
+def test_measured_results_fill_the_page(tmp_path: Path) -> None:
+    rows = [row("one", "ours-a", 0.5, timing="graph", copy_gb_per_s=4000.0)]
+    content = {"machine": {"gpu": "G"}, "rows": rows}
+    (tmp_path / "loss-cuda.json").write_text(json.dumps(content))
+    assert predictions.main(["--out", str(tmp_path), "--measured", str(tmp_path)]) == 0
+    page = (tmp_path / "gpu-predictions.md").read_text()
+    # 770.7 MB and 578.0 MB at 4 TB/s; 500 µs measured
+    assert "| ≤ 2 + 1 | 192.7 | 500.0 | 144.5 | not measured |" in page
+    assert page.endswith("Measured on: gpu G.\n")
+
+
+def test_predictions_want_results_where_they_are_said_to_be(tmp_path: Path, capsys) -> None:
+    assert predictions.main(["--out", str(tmp_path / "out"), "--measured", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"predictions: {tmp_path} holds no *-cuda.json\n"
+
+
+# --- runs -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_quick_loss_run(tmp_path: Path) -> None:
-    command = [
-        "--suite",
-        "loss",
-        "--quick",
-        "--threads",
-        "1",
-        "--out",
-        str(tmp_path),
-        "--cells",
-        "cifar-nchw",
-    ]
-    assert run.main([*command, "--providers", "authors", "vecdot", "ours"]) == 0
+    command = ["--suite", "loss", "--quick", "--threads", "1", "--out", str(tmp_path)]
+    chosen = ["--workloads", "cifar", "--layouts", "nchw", "--modes", "forward", "backward", "both"]
+    assert run.main([*command, *chosen, "--providers", "authors", "vecdot"]) == 0
     result = json.loads((tmp_path / "loss-cpu.json").read_text())
-    assert [(row["cell"], row["provider"]) for row in result["rows"]] == [
-        (f"cifar-nchw-{dtype}", provider)
+    assert [(row["cell"], row["mode"], row["provider"]) for row in result["rows"]] == [
+        (f"cifar-nchw-{dtype}", mode, provider)
         for dtype in ("fp32", "bf16")
-        for provider in ("authors", "vecdot", "ours")
+        for mode in ("forward", "backward", "both")
+        for provider in ("authors", "vecdot")
     ]
     for row in result["rows"]:
         assert row["batch"] == 2
         assert row["rounds"] == 3
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-        floor_bytes = 3 * row["student_bytes"] + row["teacher_bytes"]
+        s, t = row["student_bytes"], row["teacher_bytes"]
+        floor_bytes = {"forward": s + t, "backward": 2 * s, "both": 3 * s + t}[row["mode"]]
+        assert row["declared_bytes"] == floor_bytes
         assert row["floor_ms"] == pytest.approx(floor_bytes / row["copy_gb_per_s"] / 1e6)
         assert row["times_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"])
-    assert set(result["summary"]) == {"authors", "vecdot", "ours"}
+        assert row["percent_of_copy"] == pytest.approx(100 / row["times_floor"])
+        assert (row["peak_extra_bytes"] is None) == (row["mode"] != "both")
+    assert len(result["summary"]) == 3
     with (tmp_path / "loss-cpu.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 6
-    assert (tmp_path / "loss-cpu.md").read_text().count("\n| cifar-nchw-") == 2
+        assert len(list(csv.DictReader(file))) == 12
+    assert (tmp_path / "loss-cpu.md").read_text().count("\n| cifar-nchw-") == 3 * 2 + 12
     assert (tmp_path / "loss-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_quick_memory_run(tmp_path: Path) -> None:
+    command = ["--suite", "memory", "--quick", "--threads", "1", "--out", str(tmp_path)]
+    assert run.main([*command, "--cells", "cifar-nchw", "--providers", "authors", "vecdot"]) == 0
+    rows = json.loads((tmp_path / "memory-cpu.json").read_text())["rows"]
+    assert len(rows) == 4
+    assert all(row["peak_extra_bytes"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_quick_scaling_run(tmp_path: Path) -> None:
+    command = ["--suite", "scaling", "--quick", "--threads", "1", "--out", str(tmp_path)]
+    assert run.main([*command, "--providers", "vecdot"]) == 0
+    rows = json.loads((tmp_path / "scaling-cpu.json").read_text())["rows"]
+    assert [(row["batch"], row["channels"]) for row in rows] == [(1, 128), (2, 128), (32, 16), (32, 32)]
+    assert (tmp_path / "scaling-cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
@@ -182,8 +536,7 @@ def test_quick_step_run(tmp_path: Path) -> None:
 
 
 def test_attention_terms_of_the_step_are_the_same_loss() -> None:
-    (cell,) = select_cells("cifar-nchw-fp32", batch=2)
-    students, teachers = cell.make(CPU)
+    students, teachers = pick("cifar-nchw-fp32").make(CPU)
     plain, ours, eager = step_suite.terms().values()
     assert plain is None
     assert ours is not None
@@ -196,6 +549,9 @@ def test_attention_terms_of_the_step_are_the_same_loss() -> None:
     [
         (["--suite", "loss", "--cells", "nothing"], "no cell contains 'nothing'"),
         (["--suite", "loss", "--device", "toaster"], "toaster"),
+        (["--suite", "loss", "--device", "meta"], "--device is cpu or cuda, not meta"),
+        (["--suite", "loss", "--timings", "graph"], "--timings graph takes a CUDA device"),
+        (["--suite", "memory", "--providers", "mine"], "no provider 'mine' on cpu"),
     ],
 )
 def test_mistakes_take_one_line(arguments, message, tmp_path: Path, capsys) -> None:

@@ -1,0 +1,44 @@
+"""Suite "memory": what forward and backward of the loss hold at their peak, beyond inputs and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks import counters
+from benchmarks.loss_tables import extra_percent
+from benchmarks.providers import Provider
+from benchmarks.report import Row, Table
+from benchmarks.subjects import subjects
+from benchmarks.workloads import Cell
+
+
+def measure_cell(cell: Cell, providers: Sequence[Provider], device: torch.device) -> list[Row]:
+    """One row per provider."""
+    return [
+        cell.describe()
+        | {
+            "provider": subject.provider.name,
+            "one_pass": subject.provider.one_pass(cell),
+            "peak_extra_bytes": subject.counted(counters.peak_extra_bytes),
+            "launches": subject.counted(counters.launches),
+        }
+        for subject in subjects(cell, providers, device)
+    ]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """A line per cell: each provider's peak and its part of the activations."""
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    headers = ["cell", "activations MB", *(f"{name} MB (%)" for name in names)]
+    lines = []
+    for cell in dict.fromkeys(row["cell"] for row in rows):
+        here = {row["provider"]: row for row in rows if row["cell"] == cell}
+        first = next(iter(here.values()))
+        line = [cell, f"{(first['student_bytes'] + first['teacher_bytes']) / 1e6:.1f}"]
+        for name in names:
+            row = here.get(name)
+            line.append(f"{row['peak_extra_bytes'] / 1e6:.3g} ({extra_percent(row):.2f})" if row else "-")
+        lines.append(line)
+    return Table("Peak memory beyond inputs and gradients", headers, lines)
