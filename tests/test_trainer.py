@@ -21,7 +21,7 @@ import yaml
 import models
 import train
 from trainer import checkpoint, data, distributed, engine
-from trainer.config import make_config
+from trainer.config import ConfigError, make_config
 from trainer.distributed import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -478,9 +478,12 @@ def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError("power cut")
 
     monkeypatch.setattr(os, "fsync", crash)
-    with pytest.raises(OSError, match="power cut"):
+    with pytest.raises(
+        ConfigError, match=r"cannot write .*a: power cut \(the file that was there is intact\)"
+    ):
         checkpoint.write_atomically(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_diverged_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

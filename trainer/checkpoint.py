@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +16,37 @@ from torch import Tensor, nn
 from models.importers import find_weights, load_state
 from trainer.config import ConfigError
 
+LATEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: after a crash at any moment it holds the old or the new, never a part."""
+    """Replace `path` by `content`: after a crash at any moment it holds the old or the new, never a part.
+
+    Raises:
+        ConfigError: the disk is full, read-only or broken; what `path` held is still there.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # makes the rename itself durable
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        kept = " (the file that was there is intact)" if path.exists() else ""
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}{kept}") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def save(path: Path, state: Any) -> None:
@@ -36,15 +56,54 @@ def save(path: Path, state: Any) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def save_latest(folder: Path, state: Any, *, keep_latest: bool = True) -> None:
+    """Save `state` as the latest checkpoint of the run in `folder`; what was the latest becomes the previous
+    one, unless it isn't to be kept because it is damaged."""
+    latest, previous = folder / LATEST, folder / PREVIOUS
+    if keep_latest and latest.exists():
+        temporary = previous.with_name(f".{PREVIOUS}.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(latest, temporary)  # a second name: nothing is copied, and the latest never goes away
+        except OSError:
+            shutil.copyfile(latest, temporary)  # a file system without hard links
+        os.replace(temporary, previous)
+    save(latest, state)
+
+
+def load_latest(folder: Path) -> tuple[dict[str, Any], Path, str | None] | None:
+    """The latest good checkpoint of the run in `folder`, its path, and why it isn't the very latest, if so.
+
+    None where the run has not written any.
+
+    Raises:
+        ConfigError: there are checkpoints, and none is good.
+    """
+    latest, previous = folder / LATEST, folder / PREVIOUS
+    if not latest.exists() and not previous.exists():
+        return None
+    try:
+        return load(latest), latest, None
+    except ConfigError as error:
+        if not previous.exists():
+            raise
+        return load(previous), previous, str(error)
+
+
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, weights only. Missing, truncated or foreign files raise ConfigError."""
+    """Read a checkpoint onto the CPU, weights only. Missing, damaged or foreign files raise ConfigError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load itself skips the checksums
+            if damaged:
+                raise ValueError(f"{damaged} fails its checksum")
     except OSError as error:
         raise ConfigError(f"checkpoint {path}: {error.strerror or error}") from None
     except Exception as error:  # zip, pickle and torch each raise their own kinds
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ConfigError(f"checkpoint {path} is truncated or not a checkpoint ({reason})") from None
+        raise ConfigError(f"checkpoint {path} is damaged, truncated or not a checkpoint ({reason})") from None
     if not isinstance(state, dict):
         raise ConfigError(f"checkpoint {path} does not hold a dictionary")
     return state

@@ -20,7 +20,15 @@ from trainer.config import Config, ConfigError, differing_keys
 from trainer.distributed import Ranks
 from trainer.objectives import Objective, Tapped, describe_pairs, tap_names
 
-ARTEFACTS = ("config.yaml", "checkpoint.pt", "metrics.jsonl", "summary.json", "model.pt", "curves.png")
+ARTEFACTS = (
+    "config.yaml",
+    checkpoint.LATEST,
+    checkpoint.PREVIOUS,
+    "metrics.jsonl",
+    "summary.json",
+    "model.pt",
+    "curves.png",
+)
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SUMS = 6  # of total, CE, AT and KD losses, of wrong answers, of images
 
@@ -66,7 +74,7 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.reporter = reporting.Reporter(ranks.first)
-        self.folder, self.resumed_from, stored = _output_folder(config)
+        self.folder, self.resumed_from, stored, self.notice = _output_folder(config)
         self.dataset = data.load(config, ranks.device)
         size = len(self.dataset.train)
         tail = size % config.batch_size
@@ -159,8 +167,9 @@ class Run:
             f"training and {len(self.dataset.test)} test images, method {config.method}, seed {config.seed}, "
             f"{self.ranks.world} x {self.ranks.device.type}"
         )
-        for line in self.pairs:
-            reporter.say(line)
+        for line in (self.notice, *self.pairs):
+            if line:
+                reporter.say(line)
         if self.teacher is not None:
             if progress.teacher_error is None:
                 progress.teacher_error = self.evaluate(self.teacher)
@@ -168,8 +177,8 @@ class Run:
         if progress.step:
             reporter.say(f"continuing from step {progress.step} of {self.last_step}")
             self._write_metrics()  # a line that the checkpoint does not know of belongs to a lost epoch
-            if self.resumed_from != self.folder / "checkpoint.pt":
-                self._save()
+            if self.resumed_from != self.folder / checkpoint.LATEST:
+                self._save(keep_latest=False)
         with closing(distributed.StopRequest(self.ranks)) as stop, closing(reporter):
             reporter.open(self.folder, self.last_step, progress.step)
             while progress.step < self.last_step:
@@ -295,14 +304,14 @@ class Run:
 
     # --- state ----------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def _save(self, *, keep_latest: bool = True) -> None:
         """Write checkpoint.pt: all that the rest of the run depends on."""
         mine = {"sums": self.sums.cpu(), "rng": _rng_state(self.ranks.device)}
         states = self.ranks.gather(mine)
         if self.ranks.first:
             progress = self.progress
-            checkpoint.save(
-                self.folder / "checkpoint.pt",
+            checkpoint.save_latest(
+                self.folder,
                 {
                     "config": self.config.model_dump(mode="json", by_alias=True),
                     "model": checkpoint.weights(self.student),
@@ -311,6 +320,7 @@ class Run:
                     "progress": asdict(progress),
                     "ranks": states,
                 },
+                keep_latest=keep_latest,
             )
 
     def _restore(self, stored: dict[str, Any]) -> None:
@@ -351,6 +361,7 @@ class Run:
             "seed": config.seed,
         }
         reporting.write_summary(self.folder, summary)
+        (self.folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
         self.reporter.say(
             f"test error: last {summary['last_test_error']:.2f} %, best {best:.2f} %; "
             f"results in {self.folder}"
@@ -366,8 +377,9 @@ def _set_up_torch(config: Config, ranks: Ranks) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for debugging
 
 
-def _output_folder(config: Config) -> tuple[Path, Path, dict[str, Any] | None]:
-    """The output folder, the checkpoint to continue from and what it holds, known to belong to this run."""
+def _output_folder(config: Config) -> tuple[Path, Path | None, dict[str, Any] | None, str | None]:
+    """The output folder; the checkpoint to continue from and what it holds, known to belong to this run; and
+    what the user should know about that."""
     if config.output_dir is None:
         raise ConfigError("output-dir is required")
     folder = config.output_dir
@@ -379,23 +391,31 @@ def _output_folder(config: Config) -> tuple[Path, Path, dict[str, Any] | None]:
     held = [name for name in ARTEFACTS if (folder / name).exists()]
     if held:
         _check_same_run(_stored_config(folder), config, f"output-dir {folder}")
-    path = folder / "checkpoint.pt"
-    if config.resume in ("auto", "never"):
-        if not path.exists():
-            return folder, path, None  # empty, or killed before its first checkpoint
-    else:
-        other = Path(config.resume)
-        other = other / "checkpoint.pt" if other.is_dir() else other
-        if path.exists() and not (other.exists() and other.samefile(path)):
+    source = folder
+    if config.resume not in ("auto", "never"):
+        path = Path(config.resume)
+        source = path if path.is_dir() else path.parent
+        if (folder / checkpoint.LATEST).exists() and not (source.exists() and source.samefile(folder)):
             raise ConfigError(
                 f"output-dir {folder} holds a run, which resume {config.resume} would overwrite"
             )
-        path = other
-    stored = checkpoint.load(path)
+        if not path.is_dir():
+            return folder, path, _resumable(checkpoint.load(path), path, config), None
+    found = checkpoint.load_latest(source)
+    if found is None:  # empty, or killed before its first checkpoint
+        if source is not folder:
+            raise ConfigError(f"resume {config.resume}: the folder holds no checkpoint")
+        return folder, None, None, None
+    stored, path, fault = found
+    notice = f"{fault}; continuing from the checkpoint before it" if fault else None
+    return folder, path, _resumable(stored, path, config), notice
+
+
+def _resumable(stored: dict[str, Any], path: Path, config: Config) -> dict[str, Any]:
     if not isinstance(stored.get("config"), dict):
         raise ConfigError(f"checkpoint {path} cannot be resumed from: it is not a run's checkpoint.pt")
     _check_same_run(stored["config"], config, f"checkpoint {path}")
-    return folder, path, stored
+    return stored
 
 
 def _stored_config(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,219 @@
+"""What can go wrong around a run: checkpoints damaged in any way, disks that are full or read-only."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import ROOT, SMALL, flags, metrics
+
+import train
+from trainer import checkpoint, distributed
+
+KEYS = {**SMALL, "epochs": 2, "checkpoint-every": 1}  # 8 steps
+
+
+def run(folder: Path, **keys: Any) -> int:
+    values = KEYS | {key.replace("_", "-"): value for key, value in keys.items()} | {"output-dir": folder}
+    return train.main(flags(values))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run(folder) == 0
+    assert not (folder / checkpoint.PREVIOUS).exists(), "a finished run keeps one checkpoint"
+    return folder
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that a signal ended at its 6th step: its checkpoints are of the steps 6 and 5."""
+    polls = iter(range(1, 99))
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed.StopRequest, "poll", lambda self: signal.SIGTERM * (next(polls) == 6))
+        assert run(tmp_path / "run") == 128 + signal.SIGTERM
+    for name, step in ((checkpoint.LATEST, 6), (checkpoint.PREVIOUS, 5)):
+        assert torch.load(tmp_path / "run" / name, weights_only=True)["progress"]["step"] == step
+    return tmp_path / "run"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+# --- damaged checkpoints ----------------------------------------------------------------------------
+
+
+class Hostile:
+    """Unpickled carelessly, it leaves a file behind."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the middle of the weights, where nothing but a checksum notices."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def foreign(path: Path) -> None:
+    torch.save([1, 2], path)
+
+
+def hostile(path: Path) -> None:
+    torch.save({"model": Hostile(path.with_name("executed"))}, path)
+
+
+def hostile_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Hostile(path.with_name("executed"))))
+
+
+each_damage = pytest.mark.parametrize("damage", [cut, empty, flip_a_bit, foreign, hostile, hostile_pickle])
+
+
+@each_damage
+def test_damaged_checkpoint_is_refused(
+    damage: Callable[[Path], None], stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With none to fall back to: one line, nothing executed, nothing changed."""
+    (stopped / checkpoint.PREVIOUS).unlink()
+    damage(stopped / checkpoint.LATEST)
+    before = contents(stopped)
+    capsys.readouterr()
+    assert run(stopped) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(stopped / checkpoint.LATEST) in error
+    assert contents(stopped) == before
+
+
+@each_damage
+def test_fallback_to_the_checkpoint_before(
+    damage: Callable[[Path], None], stopped: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(stopped / checkpoint.LATEST)
+    capsys.readouterr()
+    assert run(stopped) == 0
+    output = capsys.readouterr().out
+    assert "continuing from the checkpoint before it" in output
+    assert "continuing from step 5 of 8" in output
+    assert not (stopped / "executed").exists()
+    assert (stopped / "model.pt").read_bytes() == (whole / "model.pt").read_bytes()
+    assert metrics(stopped) == metrics(whole)
+
+
+def test_both_checkpoints_damaged(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
+        flip_a_bit(stopped / name)
+    before = contents(stopped)
+    capsys.readouterr()
+    assert run(stopped) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert contents(stopped) == before
+
+
+def test_killed_between_the_renames_of_a_save(stopped: Path, whole: Path) -> None:
+    """The previous checkpoint alone: the run goes on from it."""
+    (stopped / checkpoint.LATEST).unlink()
+    assert run(stopped) == 0
+    assert (stopped / "model.pt").read_bytes() == (whole / "model.pt").read_bytes()
+
+
+def test_the_good_checkpoint_survives_until_there_is_another(stopped: Path, monkeypatch) -> None:
+    """Fallen back, the damaged latest must not take the place of the good previous one."""
+    flip_a_bit(stopped / checkpoint.LATEST)
+    good = (stopped / checkpoint.PREVIOUS).read_bytes()
+    monkeypatch.setattr(distributed.StopRequest, "poll", lambda self: os._exit(9))
+    if (child := os.fork()) == 0:
+        run(stopped)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (stopped / checkpoint.PREVIOUS).read_bytes() == good
+
+
+# --- disks ------------------------------------------------------------------------------------------
+
+
+def start(folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "train.py"), *flags(KEYS | {"output-dir": folder})]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def check_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert result.stderr.count("\n") == 1, result.stderr[-2000:]
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_can_not_be_written(stopped: Path, whole: Path) -> None:
+    """A limit on the size of files stands in for a full disk: the checkpoint before is intact, and serves."""
+    before = (stopped / checkpoint.LATEST).read_bytes()
+    limit = len(before) // 2
+    result = start(
+        stopped, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    )
+    check_one_line(result, f"cannot write {stopped / checkpoint.LATEST}", "is intact")
+    assert (stopped / checkpoint.LATEST).read_bytes() == before
+    assert run(stopped) == 0
+    assert (stopped / "model.pt").read_bytes() == (whole / "model.pt").read_bytes()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 3 MiB in memory, where mounting is allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+def test_full_disk(small_disk: Path) -> None:
+    """With room for one checkpoint and not for three: a clear end, and what is there can be read."""
+    folder = small_disk / "run"
+    room = 3 * 2**20 - 1024 * 1024
+    (small_disk / "ballast").write_bytes(b"0" * room)
+    result = start(folder)
+    check_one_line(result, "cannot write", "No space left on device")
+    kept = [name for name in (checkpoint.LATEST, checkpoint.PREVIOUS) if (folder / name).exists()]
+    for name in kept:
+        checkpoint.load(folder / name)
+    (small_disk / "ballast").unlink()
+    assert start(folder).returncode == 0
+
+
+@pytest.mark.slow
+def test_read_only_disk(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    check_one_line(start(small_disk / "run"), "output-dir", "Read-only file system")
