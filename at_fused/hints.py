@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .reference import accumulation_dtype, normalize_map
+from .reference import accumulation_dtype
 
 
 class FeatureHints(nn.Module):
@@ -83,8 +83,16 @@ class FeatureHints(nn.Module):
 def _distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over the batch of the squared l2 distance of two normalised (B, C, H, W)."""
     with torch.autocast(student.device.type, enabled=False):
-        units = [normalize_map(f.to(accumulation_dtype(f.dtype)), "l2", 1e-12) for f in (student, teacher)]
-        return (units[0] - units[1]).square().sum() / max(len(student), 1)
+        return (_unit(student) - _unit(teacher)).square().sum() / max(len(student), 1)
+
+
+def _unit(feat: Tensor) -> Tensor:
+    """Each sample divided by its l2 norm; one that is 0 stays 0, and gets no gradient."""
+    flat = feat.to(accumulation_dtype(feat.dtype)).flatten(1)
+    # In fp64, which MPS lacks: the squares of large activations overflow fp32.
+    wide = flat.dtype if flat.device.type == "mps" else torch.float64
+    norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True, dtype=wide)
+    return flat / norm.masked_fill(norm < 1e-12, torch.inf).to(flat.dtype)
 
 
 def _channels(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
