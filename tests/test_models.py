@@ -106,6 +106,64 @@ def test_wide_resnet_takes_any_image_size_and_channels(size: int, sizes: list[in
     assert [feature.shape[-1] for feature in features] == sizes
 
 
+NINS = [
+    f"nin-{size}{bn}{raw}" for size in ("thin", "wide") for bn in ("", "-nobn") for raw in ("", "-rawpool")
+]
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [("nin-thin", 190_706), ("nin-thin-nobn", 189_914), ("nin-wide", 971_010), ("nin-wide-nobn", 969_210)],
+)
+def test_nin_has_about_the_papers_size(name: str, count: int) -> None:
+    for variant in (name, f"{name}-rawpool"):
+        assert parameters(models.create(variant)) == count
+    assert round(count, -5) == (200_000 if "thin" in name else 1_000_000)
+
+
+@pytest.mark.parametrize("name", [f"nin-{size}{o}" for size in ("thin", "wide") for o in NIN_OPTIONS])
+def test_nin_is_conv_bn_relu_and_pooling(name: str) -> None:
+    """Against the formula written out; the blocks' ends, and their last convolutions, are tapped."""
+    torch.manual_seed(0)
+    model = models.create(name, num_classes=7, in_channels=2).double().eval()
+    for tensor in model.state_dict().values():  # values that would expose what is in a wrong place
+        if tensor.ndim == 1 and tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.5, 1.5)
+    weights = model.state_dict()
+    images = torch.randn(2, 2, 10, 12, dtype=torch.double)
+    x, ends, convs = images, [], []
+    for block in ("block1", "block2", "block3"):
+        for i, pad in ((1, 1), (2, 0), (3, 0)):
+            x = F.conv2d(x, weights[f"{block}.conv{i}.weight"], padding=pad)
+            if "nobn" in name:
+                x = x + weights[f"{block}.conv{i}.bias"][:, None, None]
+            if i == 3:
+                convs.append(x)
+            if "nobn" not in name:
+                keys = ("running_mean", "running_var", "weight", "bias")
+                mean, var, scale, shift = (weights[f"{block}.bn{i}.{key}"][:, None, None] for key in keys)
+                x = (x - mean) / (var + 1e-5).sqrt() * scale + shift
+            if i < 3 or "rawpool" not in name:
+                x = x.clamp(min=0)
+        ends.append(x)
+        if block != "block3":
+            pool = F.max_pool2d if block == "block1" else F.avg_pool2d
+            x = pool(x, 3, 2, ceil_mode=True)
+    expected = F.linear(x.mean((2, 3)), weights["fc.weight"], weights["fc.bias"])
+    logits, features = tapped(model, images, [*model.taps["groups"], *model.taps["convs"]])
+    torch.testing.assert_close(logits, expected)
+    for feature, end in zip(features, [*ends, *convs], strict=True):
+        torch.testing.assert_close(feature, end)
+    assert model.taps["blocks"] == model.taps["groups"] == ["block1", "block2", "block3"]
+
+
+def test_nin_keeps_the_size_of_its_signal() -> None:
+    """He's fan-in: without BatchNorm the last block's outputs are about as large as the image's values."""
+    torch.manual_seed(0)
+    _, features = tapped(models.create("nin-thin-nobn"), torch.randn(8, 3, 32, 32), ["block1", "block3"])
+    assert all(0.2 < feature.square().mean().sqrt().item() < 5 for feature in features)
+
+
 @pytest.mark.parametrize(
     "name, count, widths",
     [
@@ -163,7 +221,14 @@ def test_unknown_name_lists_what_exists() -> None:
     assert "vgg-16" in str(error.value)
     for name in models.available():
         assert name in str(error.value)
-    assert {"wrn-D-K", "resnet-18", "resnet-34", "resnet-50", "resnet-101"} <= set(models.available())
+    assert {
+        "wrn-D-K",
+        "nin-thin[-nobn][-rawpool]",
+        "resnet-18",
+        "resnet-34",
+        "resnet-50",
+        "resnet-101",
+    } <= set(models.available())
 
 
 @pytest.mark.parametrize(
@@ -179,6 +244,8 @@ def test_unknown_name_lists_what_exists() -> None:
         (" wrn-16-1", "unknown model"),
         ("wrn-16-1\n", "unknown model"),
         ("resnet-20", "unknown model"),
+        ("nin", "unknown model"),
+        ("nin-thin-rawpool-nobn", "unknown model"),
     ],
 )
 def test_impossible_names_are_refused(name: str, reason: str) -> None:
@@ -186,7 +253,7 @@ def test_impossible_names_are_refused(name: str, reason: str) -> None:
         models.create(name)
 
 
-@pytest.mark.parametrize("name", ["wrn-16-1", "resnet-18"])
+@pytest.mark.parametrize("name", ["wrn-16-1", "nin-thin", "resnet-18"])
 def test_impossible_sizes_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="num_classes"):
         models.create(name, num_classes=0)
