@@ -106,9 +106,7 @@ def test_wide_resnet_takes_any_image_size_and_channels(size: int, sizes: list[in
     assert [feature.shape[-1] for feature in features] == sizes
 
 
-NINS = [
-    f"nin-{size}{bn}{raw}" for size in ("thin", "wide") for bn in ("", "-nobn") for raw in ("", "-rawpool")
-]
+NIN_OPTIONS = ("", "-nobn", "-rawpool", "-nobn-rawpool")
 
 
 @pytest.mark.parametrize(
