@@ -12,7 +12,7 @@ CODE := at_fused models trainer train.py benchmarks examples
 INPUTS := pyproject.toml setup.py at_fused/__init__.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint bench sanitize soak clean
+.PHONY: help setup test demo lint bench gpu sanitize soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -50,7 +50,15 @@ lint: setup ## ruff and mypy
 
 bench: setup ## time the loss and the training step against eager and torch.compile
 	@$(BIN)/python -m benchmarks.run --device cpu --suite loss --out runs/bench
+	@$(BIN)/python -m benchmarks.run --device cpu --suite memory --out runs/bench
 	@$(BIN)/python -m benchmarks.run --device cpu --suite step --out runs/bench
+
+# Installs nothing: the Python given must have what is needed, e.g. make gpu RESULTS=runs/gpu PYTHON=.venv/bin/python
+RESULTS ?= runs/gpu
+BUDGET_S ?=
+gpu: ## build, test and measure on a GPU, in pieces; again to go on: make gpu RESULTS=DIR BUDGET_S=300
+	@$(PYTHON) -c 'import torch' 2> /dev/null || { echo "[gpu] $(PYTHON) has no torch: make gpu PYTHON=..."; exit 1; }
+	@$(PYTHON) -m benchmarks.gpu --results $(RESULTS) $(if $(BUDGET_S),--budget $(BUDGET_S))
 
 # The sanitized package lies in a folder of its own; pytest (unlike python -m pytest) imports it from there.
 SANITIZED := build/sanitized

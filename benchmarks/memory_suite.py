@@ -22,7 +22,6 @@ def measure_cell(cell: Cell, providers: Sequence[Provider], device: torch.device
             "provider": subject.provider.name,
             "one_pass": subject.provider.one_pass(cell),
             "peak_extra_bytes": subject.counted(counters.peak_extra_bytes),
-            "launches": subject.counted(counters.launches),
         }
         for subject in subjects(cell, providers, device)
     ]

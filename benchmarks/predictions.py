@@ -205,14 +205,14 @@ def page(rows: Sequence[Row], machine: dict[str, Any] | None) -> str:
 
 
 def load(folder: Path) -> tuple[list[Row], dict[str, Any] | None]:
-    """All rows of the results for CUDA under `folder`, and the machine of the last.
+    """All rows of the results for CUDA in `folder`, and the machine of the last.
 
     Raises:
         ValueError: there are none.
     """
     rows: list[Row] = []
     machine = None
-    for path in sorted(folder.rglob("*-cuda.json")):
+    for path in sorted(folder.glob("*-cuda.json")):
         content = json.loads(path.read_text())
         rows += content["rows"]
         machine = content["machine"]

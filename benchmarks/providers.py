@@ -136,16 +136,19 @@ def providers(device: torch.device) -> dict[str, Provider]:
 
 
 def select_providers(names: Sequence[str] | None, device: torch.device) -> list[Provider]:
-    """The named ones.
+    """The named ones, "ours" being all of ours; every one without names.
 
     Raises:
         ValueError: a name that does not run on `device`.
     """
     known = providers(device)
-    for name in names or ():
-        if name not in known:
+    chosen: dict[str, Provider] = {}
+    for name in names or known:
+        matches = {key: p for key, p in known.items() if name == key or (name == "ours" and p.backend)}
+        if not matches:
             raise ValueError(f"no provider {name!r} on {device.type}; there are: {', '.join(known)}")
-    return [known[name] for name in names] if names else list(known.values())
+        chosen |= matches
+    return list(chosen.values())
 
 
 def _ours(students: Sequence[Tensor], teachers: Sequence[Tensor], p: int, *, backend: str) -> Tensor:

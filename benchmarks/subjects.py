@@ -74,7 +74,8 @@ class Subject:
 
 def subjects(cell: Cell, providers: Sequence[Provider], device: torch.device) -> list[Subject]:
     """Everything that runs on the cell, on the same features, after its values have been checked."""
-    torch._dynamo.reset()  # compiled code of other cells' shapes counts against the limit of recompilations
+    if any(provider.compiled for provider in providers):
+        torch._dynamo.reset()  # other cells' shapes would count against the limit of recompilations
     students, teachers = cell.make(device)
     found = [Subject(provider, cell, students, teachers) for provider in providers if provider.fits(cell)]
     check_agreement(found)
