@@ -42,7 +42,7 @@ def write(path: Path, text: str) -> None:
 def mirror_sources() -> None:
     """Copies csrc and this folder to build/simt/source; device code (.cuh) is rewritten."""
     for path in [*ROOT.glob("csrc/**/*.*"), *HERE.glob("**/*.*")]:
-        if path.suffix in (".h", ".cpp", ".cuh"):
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
             text = path.read_text()
             text = rewritten(text) if path.suffix == ".cuh" else text
             relative = path.relative_to(ROOT)

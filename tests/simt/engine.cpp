@@ -1,8 +1,6 @@
 // Compiled without ThreadSanitizer, also where the kernels are not: it tells ThreadSanitizer by hand what happens.
 #include "engine.h"
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -11,13 +9,15 @@
 #include <random>
 #include <vector>
 
+#include "context.h"
+
 #ifdef SIMT_TSAN
 #include <sanitizer/tsan_interface.h>
 extern "C" void __tsan_ignore_thread_begin();
 extern "C" void __tsan_ignore_thread_end();
 #endif
 #ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #endif
 
 uint3 threadIdx, blockIdx;
@@ -58,7 +58,7 @@ struct Unwatched {
 // --- fibres -----------------------------------------------------------------------------------------------------
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   void* stack = nullptr;
   size_t size = 0;
 #ifdef SIMT_TSAN
@@ -74,7 +74,7 @@ void switch_fibers(Fiber& from, Fiber& to) {
   void* fake_stack;
   __sanitizer_start_switch_fiber(&fake_stack, to.stack, to.size);
 #endif
-  swapcontext(&from.context, &to.context);
+  from.context.switch_to(to.context);
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
@@ -109,10 +109,10 @@ class Pool {
       fibers_.push_back(std::move(fiber));
     }
     Fiber& fiber = *fibers_[next_++];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack = {fiber.stack, 0, fiber.size};
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, entry, 0);
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(fiber.stack, fiber.size);  // what the last thread left there
+#endif
+    fiber.context.start(fiber.stack, fiber.size, entry);
     return fiber;
   }
 
