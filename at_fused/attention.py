@@ -160,11 +160,12 @@ def attention_loss(
 class AttentionLoss(nn.Module):
     """`beta * attention_loss(...)` as a module, with beta folded into the kernels.
 
+    The options that are not listed here are those of `attention_loss`.
+
     Args:
         p: exponent of the maps.
         beta: factor of the whole loss; 1000 with distance="mse" is the authors' setting. A plain
             attribute: assign to it to schedule it.
-        **options: the keyword arguments of `attention_loss`.
 
     Shape:
         forward(s_feats, t_feats) -> scalar, or (n_pairs,) with reduction="none".

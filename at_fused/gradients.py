@@ -72,10 +72,10 @@ def gradient_attention_loss(
 ) -> Tensor:
     """Gradient-based attention transfer `1/2 mean_b |J_S - J_T|^2` (Eq. 4), to be weighted by beta.
 
-    Its gradient flows to the student's parameters (Eq. 5); J_T is a constant.
+    Its gradient flows to the student's parameters (Eq. 5); J_T is a constant. What is not listed here is as
+    in `input_gradient`, errors included.
 
     Args:
-        student, teacher, x, targets, layer, batch_norm: as in `input_gradient`.
         teacher_layer: the teacher's layer, where it is not called `layer`.
         logits: the student's at `x`, from a pass with `x.requires_grad`: saves another pass.
 
@@ -83,7 +83,7 @@ def gradient_attention_loss(
         Scalar in fp32 (fp64 for fp64 gradients). An empty batch gives 0.
 
     Raises:
-        As `input_gradient`; ValueError also where the two gradients (at a layer) have different shapes.
+        ValueError: also where the two gradients (at a layer) have different shapes.
     """
     j_s, _ = _gradient(student, x, targets, True, layer, batch_norm, logits)
     j_t, _ = _gradient(teacher, x.detach(), targets, False, teacher_layer or layer, batch_norm)
@@ -107,18 +107,14 @@ def symmetry_loss(
     """Horizontal-flip invariance of J (Eq. 6), and of the outputs f, as the text below Eq. 5 adds.
 
     `1/2 mean_b |J(x) - flip(J(flip x))|^2 + output_weight * mean_b |f(x) - f(flip x)|^2`, where flip turns
-    the last dimension around.
+    the last dimension around. What is not listed here is as in `input_gradient`, errors included.
 
     Args:
         output_weight: weight of the term on the logits; the paper gives none.
-        model, x, targets, layer, batch_norm: as in `input_gradient`.
         logits: `f(x)`, from a pass with `x.requires_grad`: saves another pass.
 
     Returns:
         Scalar in fp32 (fp64 for fp64 gradients). An empty batch gives 0.
-
-    Raises:
-        As `input_gradient`.
     """
     j, out = _gradient(model, x, targets, True, layer, batch_norm, logits)
     j_flipped, out_flipped = _gradient(model, x.flip(-1), targets, True, layer, batch_norm)
