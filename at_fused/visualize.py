@@ -1,4 +1,8 @@
-"""Pictures of attention maps, as Figures 2, 4 and 6 of the paper show them. Needs matplotlib."""
+"""Pictures of attention maps, as Figures 2, 4 and 6 of the paper show them. Needs matplotlib.
+
+`attention_grid` draws what your own code has recorded; `python -m at_fused.visualize --help` loads models,
+weights and images by name.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_CELL, _GAP, _LEFT, _TOP = 1.0, 0.16, 0.95, 0.62  # inches: a picture, the space between groups, the margins
+SCALES = ("own", "group")
+
+# Inches: the width of a picture, the gaps within and between groups, a line of text, the margins.
+_CELL, _GAP, _GROUP_GAP, _LINE = 1.2, 0.07, 0.2, 0.14
+_LEFT, _RIGHT, _EDGE = 1.0, 0.75, 0.1
+_SMALL, _NORMAL = 7, 8.5  # points
+_OPACITY = 0.6  # of a map over its image
 
 
 def attention_grid(
@@ -24,12 +34,18 @@ def attention_grid(
     *,
     groups: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
+    captions: Mapping[str, Sequence[str]] | None = None,
     compare_to: str | None = None,
-    p: float = 2,
+    p: float | Sequence[float] = 2,
     mapping: str = "sum",
+    scale: str = "own",
+    overlay: bool = False,
     colours: str = "viridis",
 ) -> Figure:
-    """A row per image: the image, then for each group the attention map of every network, side by side.
+    """The images, and for each group of features the attention maps of every network.
+
+    With one exponent there is a row per image, and the networks stand side by side (Figures 2 and 6 of the
+    paper). With several there is a row per image and network, the exponents side by side (Figure 4).
 
     ```
     with FeatureTaps(student, names) as s, FeatureTaps(teacher, names) as t, torch.no_grad():
@@ -38,87 +54,145 @@ def attention_grid(
     figure.savefig("maps.png")
     ```
 
-    Maps are enlarged to the image (bilinear) and drawn from 0 to their own maximum: their absolute scale
-    means nothing, the loss normalises it away.
-
     Args:
         images: (B, 3, H, W) or (B, 1, H, W), uint8 or floating point in 0..1, to look at (not normalised).
         networks: name of each network -> its features (B, C, h, w), or ready maps (B, h, w), one per group.
+            Gradients at the input or at a layer (`input_gradient`) may stand in for features.
         groups: a heading per group; by default "group 1", "group 2", ...
         labels: a text per image, shown left of it.
+        captions: name of a network -> a text per image, such as its prediction, shown above its first map.
         compare_to: name of the network with which the others' maps are compared: the cosine similarity of
             the two maps is written below each (1 where the AT loss of section 3.1 is 0).
-        p: exponent of the maps.
+        p: exponent of the maps, or several.
         mapping: "sum" or "max", as in `attention_map`.
+        scale: "own" draws each map from 0 to its own maximum. "group" divides the maps by their l2 norm, as
+            the loss does, and gives those of one image and group one scale: it shows whose are more focused.
+        overlay: lay the maps over the image in grey.
         colours: name of a matplotlib colour map.
+
+    Maps are enlarged to the image (bilinear). Their absolute size means nothing: the loss normalises it away.
 
     Returns:
         matplotlib Figure, bound to no window and no global state; save it with `figure.savefig(path)`.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: shapes or numbers of images, groups or labels that do not fit together.
+        ValueError: shapes or numbers of images, groups, labels or captions that do not fit together, several
+            exponents of ready maps, or an unknown option.
     """
-    figure_class, gridspec_class = _matplotlib()
+    figure_class = _figure_class()
     pictures = _pictures(images)
-    maps = {name: _maps(name, features, len(images), p, mapping) for name, features in networks.items()}
-    count = _group_count(maps)
+    size = pictures.shape[1:3]
+    exponents = tuple(p) if isinstance(p, Sequence) else (p,)
+    maps = {
+        (name, exponent): _maps(name, features, len(images), exponent, mapping, len(exponents) > 1)
+        for name, features in networks.items()
+        for exponent in exponents
+    }
+    count = _group_count(networks)
     groups = [f"group {i + 1}" for i in range(count)] if groups is None else list(groups)
-    if len(groups) != count:
-        raise ValueError(f"{len(groups)} group headings for {count} groups")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{len(labels)} labels for {len(images)} images")
-    if compare_to is not None and compare_to not in maps:
-        raise ValueError(f"compare_to {compare_to!r} is not one of the networks {list(maps)}")
+    captions = captions or {}
+    _check_texts(len(images), list(networks), count, groups, labels, captions, compare_to)
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {SCALES}, got {scale!r}")
 
-    # Columns: the image, then per group a gap and the networks' maps; a gap and the colour scale.
-    widths = [1.0, *([_GAP / _CELL] + [1.0] * len(maps)) * count, _GAP / _CELL, 0.12]
-    row_height = _CELL * (1.0 if compare_to is None else 1.22) * pictures.shape[1] / pictures.shape[2]
-    right, bottom = 0.55, 0.12 if compare_to is None else 0.25
-    width, height = sum(widths) * _CELL + _LEFT + right, len(images) * row_height + _TOP + bottom
-    figure = figure_class(figsize=(width, height), dpi=150)
-    grid = gridspec_class(
-        len(images), len(widths), figure,
-        width_ratios=widths, wspace=0.06, hspace=0.25 if compare_to else 0.06,
-        left=_LEFT / width, right=1 - right / width, top=1 - _TOP / height, bottom=bottom / height,
-    )  # fmt: skip
+    columns: list[Any]
+    if len(exponents) > 1:  # a row per image and network
+        rows: list[tuple[int, str | None]] = [(i, name) for i in range(len(images)) for name in networks]
+        columns, titles = list(exponents), [f"p = {exponent:g}" for exponent in exponents]
+    else:
+        rows = [(i, None) for i in range(len(images))]
+        columns, titles = list(networks), list(networks)
+
+    above = _LINE * max((text.count("\n") + 1 for texts in captions.values() for text in texts), default=0)
+    height = _CELL * size[0] / size[1]
+    pitch = above + height + (_LINE if compare_to else 0) + _GAP
+    group_width = len(columns) * (_CELL + _GAP) - _GAP + _GROUP_GAP
+    lefts = [_LEFT + _CELL + _GROUP_GAP + i * group_width for i in range(count)]
+    top = _EDGE + 2.4 * _LINE
+    page = _Page(figure_class, lefts[-1] + group_width - _GROUP_GAP + _RIGHT, top + len(rows) * pitch + _EDGE)
+
+    page.text(_LEFT + _CELL / 2, top - 0.6 * _LINE, "image", _NORMAL)
+    for left, heading, index in zip(lefts, groups, range(count), strict=True):
+        sizes = dict.fromkeys("×".join(map(str, levels[index].shape[1:])) for levels in maps.values())
+        middle = left + (group_width - _GROUP_GAP) / 2
+        page.text(middle, top - 1.8 * _LINE, f"{heading} ({', '.join(sizes)})", _NORMAL + 1)
+        for place, title in enumerate(titles):
+            page.text(left + place * (_CELL + _GAP) + _CELL / 2, top - 0.6 * _LINE, title, _NORMAL)
 
     drawn: Any = None
-    for row, picture in enumerate(pictures):
-        axes = _blank(figure.add_subplot(grid[row, 0]))
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
-        if labels is not None:
-            axes.set_ylabel(labels[row], rotation=0, ha="right", va="center", fontsize=8)
-        if row == 0:
-            axes.set_title("image", fontsize=8)
-        for group, heading in enumerate(groups):
-            for column, (name, networks_maps) in enumerate(maps.items()):
-                attention = networks_maps[group][row]
-                axes = _blank(figure.add_subplot(grid[row, 2 + group * (len(maps) + 1) + column]))
-                drawn = axes.imshow(_enlarge(attention, pictures.shape[1:3]), cmap=colours, vmin=0, vmax=1)
-                if row == 0:
-                    axes.set_title(name, fontsize=8)
+    for number, (image, only) in enumerate(rows):
+        y = top + number * pitch + above
+        if only is None or only == next(iter(networks)):
+            axes = page.axes(_LEFT, y, _CELL, height)
+            axes.imshow(pictures[image], cmap="gray", vmin=0, vmax=1)
+            if labels is not None:
+                axes.set_ylabel(labels[image], rotation=0, ha="right", va="center", fontsize=_NORMAL)
+        for index, left in enumerate(lefts):
+            cells = {key: _enlarged(levels[index][image], size) for key, levels in maps.items()}
+            largest = max(cell.max() for cell in cells.values())
+            for place, column in enumerate(columns):
+                name, exponent = (only, column) if only else (column, exponents[0])
+                cell = cells[name, exponent]
+                axes = page.axes(left + place * (_CELL + _GAP), y, _CELL, height)
+                if overlay:
+                    axes.imshow(_grey(pictures[image]), cmap="gray", vmin=0, vmax=1)
+                drawn = axes.imshow(
+                    cell / ((cell.max() if scale == "own" else largest) or 1),
+                    cmap=colours,
+                    vmin=0,
+                    vmax=1,
+                    alpha=_OPACITY if overlay else None,
+                )
+                if place == 0 and index == 0 and only:
+                    axes.set_ylabel(only, fontsize=_NORMAL, labelpad=2)
+                if name in captions and index == 0 and (place == 0 or not only):
+                    axes.set_title(captions[name][image], fontsize=_SMALL, pad=2)
                 if compare_to not in (None, name):
-                    similarity = _similarity(attention, maps[str(compare_to)][group][row])
-                    axes.set_xlabel(f"{similarity:.2f}", fontsize=7, labelpad=2)
-                if row == 0 and column == 0:
-                    centre = _LEFT + _CELL * (sum(widths[: 2 + group * (len(maps) + 1)]) + len(maps) / 2)
-                    size = "×".join(str(n) for n in attention.shape)
-                    figure.text(
-                        centre / width, 1 - 0.16 / height, f"{heading} ({size})", ha="center", va="center"
+                    similarity = _similarity(
+                        maps[name, exponent][index][image], maps[str(compare_to), exponent][index][image]
                     )
-    scale = figure.colorbar(drawn, cax=figure.add_subplot(grid[:, -1]), ticks=[0, 1])
-    scale.ax.set_yticklabels(["0", "max"], fontsize=8)
-    return figure
+                    axes.set_xlabel(f"{similarity:.2f}", fontsize=_SMALL, labelpad=1)
+
+    bar_height = min(len(rows) * pitch - above - _GAP, 3.0)
+    bar_axes = page.axes(page.width - _RIGHT + 0.15, top + above, 0.1, bar_height)
+    bar = page.figure.colorbar(drawn, cax=bar_axes, ticks=[0, 1])
+    bar.ax.set_yticklabels(["0", "max" if scale == "own" else "group's\nmax"], fontsize=_NORMAL)
+    return page.figure
 
 
-def _matplotlib() -> tuple[type[Figure], Any]:
+class _Page:
+    """A figure on which things are placed in inches from the top left corner."""
+
+    def __init__(self, figure_class: type[Figure], width: float, height: float) -> None:
+        self.width, self.height = width, height
+        self.figure = figure_class(figsize=(width, height), dpi=150)
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        """Axes without ticks and frame that (unlike after `axis("off")`) still have labels."""
+        place = (
+            left / self.width,
+            1 - (top + height) / self.height,
+            width / self.width,
+            height / self.height,
+        )
+        axes = self.figure.add_axes(place)
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        return axes
+
+    def text(self, left: float, top: float, text: str, points: float) -> None:
+        x, y = left / self.width, 1 - top / self.height
+        self.figure.text(x, y, text, ha="center", va="center", fontsize=points)
+
+
+def _figure_class() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
-        from matplotlib.gridspec import GridSpec
     except ImportError as error:
         raise ImportError("at_fused.visualize draws with matplotlib: pip install matplotlib") from error
-    return Figure, GridSpec
+    return Figure
 
 
 def _pictures(images: Tensor) -> Any:
@@ -130,7 +204,13 @@ def _pictures(images: Tensor) -> Any:
     return images.permute(0, 2, 3, 1).squeeze(-1).numpy()
 
 
-def _maps(name: str, features: Sequence[Tensor], batch: int, p: float, mapping: str) -> list[Tensor]:
+def _grey(picture: Any) -> Any:
+    return picture if picture.ndim == 2 else picture.mean(-1)
+
+
+def _maps(
+    name: str, features: Sequence[Tensor], batch: int, p: float, mapping: str, several: bool
+) -> list[Tensor]:
     """Per group the maps (B, h, w) in fp32 on the CPU."""
     maps = []
     for index, feature in enumerate(features):
@@ -139,36 +219,68 @@ def _maps(name: str, features: Sequence[Tensor], batch: int, p: float, mapping: 
                 f"{name}, group {index}: expected features (B, C, h, w) or maps (B, h, w) of {batch} images, "
                 f"got {tuple(feature.shape)}"
             )
+        if feature.ndim == 3 and several:
+            raise ValueError(
+                f"{name}, group {index}: several p need features, got maps {tuple(feature.shape)}"
+            )
         feature = feature.detach()
         attention = attention_map(feature, p, mapping=mapping) if feature.ndim == 4 else feature
         maps.append(attention.float().cpu())
     return maps
 
 
-def _group_count(maps: Mapping[str, Sequence[Tensor]]) -> int:
-    counts = {name: len(groups) for name, groups in maps.items()}
+def _group_count(networks: Mapping[str, Sequence[Tensor]]) -> int:
+    counts = {name: len(groups) for name, groups in networks.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():
         raise ValueError(f"every network needs the same number of groups, at least one, got {counts}")
     return next(iter(counts.values()))
 
 
-def _enlarge(attention: Tensor, size: Sequence[int]) -> Any:
-    """A map (h, w) as an array of the image's size with maximum 1 (a map of zeros stays zero)."""
-    large = F.interpolate(attention[None, None], tuple(size), mode="bilinear", align_corners=False)[0, 0]
-    return (large / large.max().clamp_min(torch.finfo(large.dtype).tiny)).numpy()
+def _check_texts(
+    batch: int,
+    names: list[str],
+    count: int,
+    groups: Sequence[str],
+    labels: Sequence[str] | None,
+    captions: Mapping[str, Sequence[str]],
+    compare_to: str | None,
+) -> None:
+    if len(groups) != count:
+        raise ValueError(f"{len(groups)} group headings for {count} groups")
+    if labels is not None and len(labels) != batch:
+        raise ValueError(f"{len(labels)} labels for {batch} images")
+    if compare_to is not None and compare_to not in names:
+        raise ValueError(f"compare_to {compare_to!r} is not one of the networks {names}")
+    for name, texts in captions.items():
+        if name not in names:
+            raise ValueError(f"captions of {name!r}, which is not one of the networks {names}")
+        if len(texts) != batch:
+            raise ValueError(f"{len(texts)} captions of {name} for {batch} images")
+
+
+def _enlarged(attention: Tensor, size: Sequence[int]) -> Any:
+    """A map (h, w) as an array of the image's size, scaled to a root mean square of 1 (zeros stay zeros).
+
+    That is the l2 norm which the loss divides by, for any number of positions.
+    """
+    tiny = torch.finfo(attention.dtype).tiny
+    attention = attention / attention.max().clamp_min(tiny)  # else the squares might overflow
+    attention = attention / attention.square().mean().sqrt().clamp_min(tiny)
+    return _resized(attention, size).numpy()
 
 
 def _similarity(attention: Tensor, reference: Tensor) -> float:
     """Cosine of the angle between two maps, the reference resized to the other's grid as the loss does it."""
     if attention.shape != reference.shape:
-        size = tuple(attention.shape)
-        reference = F.interpolate(reference[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+        reference = _resized(reference, attention.shape)
     return F.cosine_similarity(attention.flatten(), reference.flatten(), dim=0).item()
 
 
-def _blank(axes: Axes) -> Axes:
-    """No ticks and no frame, but (unlike `axis("off")`) still labels."""
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return axes
+def _resized(attention: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(attention[None, None], tuple(size), mode="bilinear", align_corners=False)[0, 0]
+
+
+if __name__ == "__main__":
+    from ._visualize_cli import main
+
+    raise SystemExit(main())

@@ -1,0 +1,112 @@
+"""Images for `python -m at_fused.visualize`: files, folders, or test images of the trainer's data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._networks import Architecture, repository
+
+BORDER = 1 / 16  # cut from each side: what a crop of 224 out of 256 leaves
+LABEL = 18  # characters
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images to look at, and how a network gets them.
+
+    `shown` takes a side in pixels and returns (B, 3, H, W) in 0..1; `given` returns a network's input
+    (B, 3, H, W), normalised; `targets` (B,) int64 are their classes, where they are known.
+    """
+
+    shown: Callable[[int], Tensor]
+    given: Callable[[Architecture], Tensor]
+    labels: list[str]
+    targets: Tensor | None = None
+    classes: list[str] | None = None
+
+
+def read_files(paths: Sequence[str], count: int) -> Images:
+    """Image files, and of each folder `count` images at even distances, subfolders included."""
+    from PIL import Image, ImageOps  # matplotlib needs it, too
+
+    suffixes = set(Image.registered_extensions())
+    files: list[tuple[Path, str]] = []  # with its label
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes)
+            if not found:
+                raise ValueError(f"images {path}: no image files in this folder")
+            chosen = [found[i * len(found) // count] for i in range(min(count, len(found)))]
+            files += [(f, f.parent.name if f.parent != path else f.stem) for f in chosen]
+        else:
+            files.append((path, path.stem))
+    images = []
+    for path, _ in files:
+        try:
+            with Image.open(path) as file:
+                images.append(ImageOps.exif_transpose(file).convert("RGB"))
+        except FileNotFoundError:
+            raise ValueError(f"images {path}: no such file or folder") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"images {path}: not an image ({error})") from None
+
+    def shown(size: int) -> Tensor:
+        fitted = [
+            ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC, BORDER * (image.size != (size, size)))
+            for image in images
+        ]
+        return torch.stack([_tensor(image) for image in fitted])
+
+    def given(architecture: Architecture) -> Tensor:
+        mean, std = (torch.tensor(values)[:, None, None] for values in architecture.statistics)
+        return (shown(architecture.size) - mean) / std
+
+    return Images(shown, given, [_short(label) for _, label in files])
+
+
+def read_dataset(name: str, data_dir: str | None, indices: Sequence[int], size: int) -> Images:
+    """Test images of one of the trainer's data sets by their place, prepared as the trainer prepares them."""
+    config_module, data = repository("trainer.config"), repository("trainer.data")
+    if config_module is None or data is None:
+        raise ValueError("--dataset needs a checkout of the repository (run from its root); use --images")
+    keys = {"student": "-", "dataset": name, "data-dir": data_dir, "image-size": size}
+    dataset = data.load(config_module.make_config(keys), torch.device("cpu"))
+    outside = [i for i in indices if not 0 <= i < len(dataset.test)]
+    if outside:
+        raise ValueError(f"index {outside[0]}: {name} has the test images 0 to {len(dataset.test) - 1}")
+    batches = list(dataset.evaluation_batches([slice(i, i + 1) for i in indices]))
+    x, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    pictures = (x * dataset.std[:, None, None] + dataset.mean[:, None, None]) / 255
+    classes = _class_names(name, data_dir, dataset)
+    labels = [_short(classes[target] if classes else f"class {target}") for target in targets.tolist()]
+    return Images(lambda size: pictures, lambda architecture: x, labels, targets, classes)
+
+
+def _class_names(name: str, data_dir: str | None, dataset: Any) -> list[str] | None:
+    if name == "digits":
+        return [str(digit) for digit in range(dataset.classes)]
+    if name in ("cifar10", "cifar100"):
+        from torchvision import datasets
+
+        root = Path(str(data_dir))
+        kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+        return list(kind(root.parent if root.name == kind.base_folder else root, train=False).classes)
+    folders = sorted({Path(path).parent.name for path in dataset.test.paths})
+    return folders if len(folders) == dataset.classes else None
+
+
+def _tensor(image: Any) -> Tensor:
+    """(3, H, W) in 0..1 of a PIL image in RGB."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 255
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LABEL else f"{text[: LABEL - 1]}…"
