@@ -12,7 +12,7 @@ CODE := at_fused models trainer train.py benchmarks examples
 INPUTS := pyproject.toml setup.py at_fused/__init__.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint bench gpu sanitize soak clean
+.PHONY: help setup test demo docs lint bench gpu sanitize soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,7 +31,7 @@ $(READY): $(INPUTS) | $(BIN)/python
 	@echo "[setup] $(TORCHVISION), build tools"
 	@$(PIP) install -qq $(TORCHVISION) 'setuptools>=77' wheel ninja
 	@echo "[setup] at_fused and its extras"
-	@$(PIP) install -v --no-build-isolation -e '.[train,dev]' > $(VENV)/install.log 2>&1 \
+	@$(PIP) install -v --no-build-isolation -e '.[train,dev,examples,docs]' > $(VENV)/install.log 2>&1 \
 		|| { tail -n 30 $(VENV)/install.log; echo "[setup] failed; the whole log: $(VENV)/install.log"; exit 1; }
 	@sed -n 's/^ *\(at_fused: .*\)/[setup] \1/p' $(VENV)/install.log
 	@grep -q 'at_fused: installing without' $(VENV)/install.log || touch $@
@@ -42,6 +42,10 @@ test: setup ## run every test
 
 demo: setup ## train a teacher, a student and a student with attention transfer on digits
 	@$(BIN)/python examples/demo.py
+
+docs: setup ## build the guide and the API reference into build/site, and check them
+	@$(BIN)/zensical build --strict --clean
+	@$(BIN)/python -m pytest -q tests/test_docs.py
 
 lint: setup ## ruff and mypy
 	@echo "[lint] ruff check" && $(BIN)/ruff check --quiet .
