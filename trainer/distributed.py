@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from trainer.config import Config, ConfigError
+from trainer.rendezvous import fresh_store
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,14 @@ def ranks(config: Config) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, device)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
+    store, rank, world = next(rendezvous("env://"))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=fresh_store(store, rank, world, dist.default_pg_timeout),
+        rank=rank,
+        world_size=world,
+        device_id=device if cuda else None,
+    )
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:
