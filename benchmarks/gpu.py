@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import predictions, report
 from benchmarks.report import Row, Table
-from benchmarks.run import write_loss
+from benchmarks.run import draw_loss, write_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 470.0  # a piece that takes longer is ended, and fails
@@ -191,6 +191,7 @@ def summarize(results: Path, device_type: str, states: dict[str, str]) -> None:
         rows += json.loads(path.read_text())["rows"]
     if rows:
         write_loss(results, device_type, machine, rows)
+        draw_loss(results, device_type, rows)
     if list(results.glob("*-cuda.json")):
         predictions.main(["--out", str(results), "--measured", str(results)])
     table = Table("Pieces", ["piece", "state"], [[name, state] for name, state in states.items()])

@@ -33,7 +33,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", choices=list(SUITES), required=True)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--rounds", type=int, help="times that each contender runs (loss 50, step 60)")
+    parser.add_argument("--rounds", type=int, help="times each contender runs (loss 50, scaling 20, step 60)")
     parser.add_argument("--batch", type=int, help="another batch size than the real one")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--quick", action="store_true", help="tiny batches, few rounds: does it run at all?")
@@ -101,19 +101,24 @@ def run_loss(options: argparse.Namespace, device: torch.device) -> str:
             cell, providers, device, options.rounds, modes=options.modes, timings=options.timings
         )
         page = write_loss(options.out, device.type, machine, rows)  # each time: what is measured is kept
+    draw_loss(options.out, device.type, rows)
     return page
 
 
 def write_loss(folder: Path, device_type: str, machine: dict[str, Any], rows: Sequence[Row]) -> str:
-    """Leaves loss-DEVICE.md, .csv, .json and .png in `folder`; returns the page."""
-    from benchmarks import plots
-
+    """Leaves loss-DEVICE.md, .csv and .json in `folder`; returns the page."""
     page = report.markdown("Attention-transfer loss over all pairs", machine, loss_tables.tables(rows))
     summary = {heading: loss_tables.summarize(group) for heading, group in loss_tables.groups(rows).items()}
     stem = f"loss-{device_type}"
     report.write(folder, stem, page, rows, {"machine": machine, "summary": summary})
-    plots.times_floor(loss_tables.main_group(rows), folder / f"{stem}.png")
     return page
+
+
+def draw_loss(folder: Path, device_type: str, rows: Sequence[Row]) -> None:
+    """Leaves loss-DEVICE.png in `folder`."""
+    from benchmarks import plots
+
+    plots.times_floor(loss_tables.main_group(rows), folder / f"loss-{device_type}.png")
 
 
 def run_memory(options: argparse.Namespace, device: torch.device) -> str:
@@ -155,11 +160,12 @@ def run_scaling(options: argparse.Namespace, device: torch.device) -> str:
 def run_step(options: argparse.Namespace, device: torch.device) -> str:
     from benchmarks import step_suite
 
-    batch = options.batch or 128
+    setting = step_suite.SETTINGS[device.type]
+    batch = options.batch or setting.batch
     print(f"step: {options.rounds} rounds at batch {batch}", flush=True)
     rows = step_suite.measure(batch, device, options.rounds)
     machine = report.describe_machine(device)
-    title = f"Training step {step_suite.STUDENT} <- {step_suite.TEACHER}, batch {batch}, bf16, channels_last"
+    title = f"Training step {setting.student} ← {setting.teacher}, batch {batch}, bf16, channels_last"
     page = report.markdown(title, machine, [report.Table("Steps", *step_suite.table(rows))])
     report.write(options.out, f"step-{device.type}", page, rows, {"machine": machine})
     return page

@@ -1,8 +1,9 @@
-"""Suite "step": what attention transfer adds to a training step (WRN-16-1 <- WRN-16-2, bf16, NHWC)."""
+"""Suite "step": what attention transfer adds to a whole training step in bf16, channels_last."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,22 @@ from benchmarks.providers import authors
 from benchmarks.report import Row
 from models import TappedModel
 
-STUDENT, TEACHER, BETA = "wrn-16-1", "wrn-16-2", 1000.0
+BETA = 1000.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    student: str
+    teacher: str
+    batch: int
+    size: int  # of the square images
+    classes: int
+
+
+SETTINGS = {
+    "cpu": Setting("wrn-16-1", "wrn-16-2", batch=128, size=32, classes=10),
+    "cuda": Setting("resnet-18", "resnet-34", batch=256, size=224, classes=1000),
+}
 
 Term = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
@@ -32,10 +48,12 @@ def terms() -> dict[str, Term | None]:
 def training_step(term: Term | None, batch: int, device: torch.device) -> Callable[[], None]:
     """A function that trains a student of its own by one step on one fixed random batch."""
     torch.manual_seed(0)
-    student = on_device(models.create(STUDENT), device).train()
-    teacher = on_device(models.create(TEACHER), device).eval().requires_grad_(False)
-    images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (batch,), device=device)
+    setting = SETTINGS[device.type]
+    student = on_device(models.create(setting.student, setting.classes), device).train()
+    teacher = on_device(models.create(setting.teacher, setting.classes), device).eval().requires_grad_(False)
+    images = torch.randn(batch, 3, setting.size, setting.size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(setting.classes, (batch,), device=device)
     # A small step: the same work, and the weights stay where they are over hundreds of steps.
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
     # Hooks stay for the whole training; the step without AT has none.

@@ -1,6 +1,7 @@
 """The benchmark counts bytes, memory and times right, compares like with like, writes what it measured."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -549,6 +550,15 @@ def test_quick_step_run(tmp_path: Path) -> None:
     assert [row["step"] for row in result["rows"]] == list(step_suite.terms())
     assert result["rows"][0]["cost_percent"] == 0
     assert all(row["images_per_second"] == pytest.approx(2e3 / row["median_ms"]) for row in result["rows"])
+
+
+@pytest.mark.slow
+def test_step_of_the_gpu_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = step_suite.SETTINGS["cuda"]
+    assert (setting.student, setting.teacher, setting.batch) == ("resnet-18", "resnet-34", 256)
+    monkeypatch.setitem(step_suite.SETTINGS, "cpu", dataclasses.replace(setting, size=32))
+    rows = step_suite.measure(2, CPU, 1)
+    assert [row["step"] for row in rows] == list(step_suite.terms())
 
 
 def test_attention_terms_of_the_step_are_the_same_loss() -> None:
