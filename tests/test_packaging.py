@@ -5,6 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -49,6 +52,69 @@ def build_wheel(tree: Path, **variables: str) -> tuple[subprocess.CompletedProce
         stderr=subprocess.STDOUT,
     )
     return result, next((tree / "wheels").glob("*.whl"), None)
+
+
+def build_distributions(folder: Path, **variables: str) -> tuple[Path, Path]:
+    """`python -m build` on the real sources, without network: the sdist, and the wheel made from it."""
+    pytest.importorskip("build")
+    sources = folder / "sources"
+    sources.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    for name in ("at_fused", "csrc"):
+        shutil.copytree(ROOT / name, sources / name, ignore=WITHOUT_BUILDS)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AT_FUSED_")}
+    result = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist"],
+        cwd=sources,
+        env=environment | variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert result.returncode == 0, result.stdout
+    (sdist,) = (folder / "dist").glob("*.tar.gz")
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return sdist, wheel
+
+
+def install(wheel: Path, folder: Path) -> Path:
+    """The interpreter of a new environment with `wheel` in it; torch and the rest lie on its path."""
+    venv.create(folder, symlinks=os.name != "nt")
+    scripts = sysconfig.get_path("scripts", "venv", {"base": str(folder), "installed_base": str(folder)})
+    python = Path(scripts) / Path(sys.executable).name
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel]
+    subprocess.run([*command, "--quiet"], check=True)
+    find = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = subprocess.run([python, "-c", find], check=True, text=True, capture_output=True).stdout.strip()
+    # Paths named in a .pth file come last, and .pth files there (an editable at_fused) do not count.
+    Path(packages, "others.pth").write_text(sysconfig.get_path("purelib"))
+    return python
+
+
+SMOKE = """
+import sys, torch, at_fused
+assert at_fused.__file__.startswith(sys.prefix), at_fused.__file__
+student = torch.randn(2, 3, 5, 7, requires_grad=True)
+teacher = torch.randn(2, 8, 5, 7)
+grads = [
+    torch.autograd.grad(at_fused.AttentionLoss(backend=backend)(student, teacher), student)[0]
+    for backend in ("auto", "reference")
+]
+torch.testing.assert_close(*grads)
+assert grads[0].abs().sum() > 0
+print(*at_fused.available_backends())
+"""
+
+
+def smoke(python: Path, folder: Path) -> list[str]:
+    """Uses the installed package away from any checkout; the backends that it found."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    result = subprocess.run(
+        [python, "-c", SMOKE], cwd=folder, env=environment, text=True, capture_output=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
 
 
 def packaged(wheel: Path) -> set[str]:
@@ -134,6 +200,29 @@ def test_missing_compiler_is_named_in_one_line(tree: Path) -> None:
     result, wheel = build_wheel(tree, CXX="no-such-compiler", AT_FUSED_REQUIRE_EXTENSION="1")
     assert result.returncode != 0
     assert wheel is None
+
+
+@pytest.mark.slow
+def test_build_gives_a_pure_wheel_that_works(tmp_path: Path) -> None:
+    sdist, wheel = build_distributions(tmp_path, AT_FUSED_NO_EXTENSION="1")
+    assert sdist.name == f"at_fused-{at_fused.__version__}.tar.gz"
+    with tarfile.open(sdist) as archive:
+        contents = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
+    assert sources | {"setup.py", "LICENSE", "README.md", "at_fused/py.typed"} <= contents
+    assert not any(name.endswith(".so") for name in contents)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    backends = smoke(install(wheel, tmp_path / "environment"), tmp_path)
+    assert backends[-1] == "reference"
+    assert not {"cpu", "cuda"} & set(backends)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_build_gives_a_wheel_with_the_library_that_works(tmp_path: Path) -> None:
+    _, wheel = build_distributions(tmp_path, AT_FUSED_REQUIRE_EXTENSION="1", AT_FUSED_CUDA="0")
+    assert not wheel.name.endswith("-any.whl")
+    assert "cpu" in smoke(install(wheel, tmp_path / "environment"), tmp_path)
 
 
 def test_package_is_typed() -> None:
