@@ -15,11 +15,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if print_config:
             print(config.to_yaml(), end="")
             return 0
-        from trainer.engine import Diverged, train  # slow to import, and needless for the above
+        from trainer.engine import OutOfMemory, train  # slow to import, and needless for the above
+        from trainer.watch import Diverged
 
         try:
             return train(config)
-        except Diverged as error:
+        except (Diverged, OutOfMemory) as error:
             return _fail(error, 1)
     except ConfigError as error:
         return _fail(error, 2)

@@ -111,6 +111,8 @@ def test_printed_config_reads_back_as_itself(tmp_path: Path) -> None:
         (["--lr-milestones"], "lr_milestones", []),
         (["--max-steps", "null"], "max_steps", None),
         (["--normalize", "none"], "normalize", "none"),
+        (["--pretrained", "true"], "pretrained", True),
+        (["--pretrained", "w.pt"], "pretrained", Path("w.pt")),
     ],
 )
 def test_flag_values(flags: list[str], key: str, value: object) -> None:
@@ -127,14 +129,15 @@ AT = {"teacher": "wrn-10-2", "teacher-checkpoint": "t.pt"}
         ({"bata": 3}, ["bata", "did you mean beta"]),
         ({"method": "at"}, ["method at needs teacher"]),
         ({"method": "kd", "teacher": "wrn-10-2"}, ["method kd needs teacher-checkpoint"]),
+        ({"method": "hints"}, ["method hints needs teacher"]),
+        ({"method": "grad-at"}, ["method grad-at needs teacher"]),
+        ({"method": "min-l2", "compile": True}, ["method min-l2", "compile"]),
+        ({"method": "symmetry", "amp": "fp16"}, ["method symmetry", "amp fp16"]),
+        ({"method": "symmetry", "beta-schedule": "step"}, ["beta-milestones"]),
         ({"dataset": "cifar10"}, ["cifar10 needs data-dir"]),
         ({"dataset": "mnist"}, ["dataset", "'mnist'"]),
         ({"dataset": "imagefolder"}, ["imagefolder needs data-dir"]),
-        ({"method": "hints"}, ["method hints is not available yet"]),
-        ({"method": "grad-at"}, ["method grad-at is not available yet"]),
-        ({"method": "symmetry"}, ["method symmetry is not available yet"]),
-        ({"method": "min-l2"}, ["method min-l2 is not available yet"]),
-        ({"pretrained": True}, ["pretrained true is not available yet"]),
+        ({"skip-nonfinite": True, "amp": "fp16"}, ["skip-nonfinite", "loss scaling"]),
         ({"p": 0.5}, ["p: ", "'0.5'"]),
         ({"beta": -1}, ["beta: ", "'-1'"]),
         ({"lr": "fast"}, ["lr: ", "'fast'"]),
@@ -177,8 +180,19 @@ def test_unknown_flag_names_the_nearest() -> None:
         parse_args(["--student", "wrn-10-1", "--epoch", "3"])
 
 
-def test_beta_decays_beside_distillation_only() -> None:
+def test_beta_is_each_methods_own_unless_given() -> None:
+    for method in ("at", "at+kd"):
+        assert config(**AT, method=method).beta == 1000
+    assert config(**AT, method="hints").beta < 1000
+    for method in ("hints", "symmetry"):
+        assert config(**AT, method=method, beta=7).beta == 7
+        assert config(**AT, method=method, beta="null").beta == config(**AT, method=method).beta
+
+
+def test_beta_decays_beside_distillation_and_for_hints() -> None:
     assert config(**AT, method="at").beta_schedule == "constant"
+    assert config(**AT, method="hints").beta_schedule == "linear"
+    assert config(method="min-l2").beta_schedule == "constant"
     assert config(**AT, method="at+kd").beta_schedule == "linear"
     assert config(**AT, method="at+kd", beta_schedule="constant").beta_schedule == "constant"
 

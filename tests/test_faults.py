@@ -17,7 +17,7 @@ import torch
 from test_trainer import ROOT, SMALL, flags, metrics
 
 import train
-from trainer import checkpoint, distributed
+from trainer import checkpoint, data, distributed
 
 KEYS = {**SMALL, "epochs": 2, "checkpoint-every": 1}  # 8 steps
 
@@ -217,3 +217,74 @@ def test_full_disk(small_disk: Path) -> None:
 def test_read_only_disk(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     check_one_line(start(small_disk / "run"), "output-dir", "Read-only file system")
+
+
+# --- figures that are not finite, memory that does not suffice --------------------------------------
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """One pixel of the batches of these steps (counted from 1) is NaN."""
+    taken = iter(range(1, 999))
+    clean = data.training_batch
+
+    def batch(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = clean(*arguments)
+        if next(taken) in steps:
+            images[0, 0, 0, 0] = torch.nan
+        return images, labels
+
+    monkeypatch.setattr(data, "training_batch", batch)
+
+
+def test_a_step_that_is_not_finite_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        poison(patch, 6)
+        assert run(folder) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "not finite at step 6: loss, CE, gradient of conv.weight" in error
+    assert f"last good checkpoint: {folder / checkpoint.LATEST} (step 5)" in error
+    assert run(folder) == 0, "which can be continued from"
+    assert "continuing from step 5" in capsys.readouterr().out
+
+
+def test_skipped_steps_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Weights, momentum and BatchNorm's statistics are those of a run that never saw the batch."""
+    assert run(tmp_path / "short", max_steps=7, skip_nonfinite="true") == 0
+    with monkeypatch.context() as patch:
+        poison(patch, 8)
+        assert run(tmp_path / "skipped", skip_nonfinite="true") == 0
+    assert "step 8: skipped" in capsys.readouterr().out
+    states = [
+        torch.load(tmp_path / name / checkpoint.LATEST, weights_only=True) for name in ("short", "skipped")
+    ]
+    kept = [(state["model"], state["optimizer"]["state"]) for state in states]
+    torch.testing.assert_close(*kept, rtol=0, atol=0)
+    with monkeypatch.context() as patch:
+        poison(patch, *range(1, 99))
+        assert run(tmp_path / "never", skip_nonfinite="true") == 1
+    assert "every step of epoch 1 was skipped" in capsys.readouterr().err
+
+
+def test_fp16_overflow_is_left_to_the_loss_scaling(tmp_path: Path) -> None:
+    """The scale starts at 65,536: gradients are infinite until it has come down, and the run goes on."""
+    assert run(tmp_path / "run", amp="fp16", lr=0.01) == 0
+    state = torch.load(tmp_path / "run" / checkpoint.LATEST, weights_only=True)
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_out_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
+
+    monkeypatch.setattr(data, "training_batch", full)
+    assert run(tmp_path / "run", accumulate=2) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "out of memory with 32 images at a time (batch-size 64, 1 ranks, accumulate 2)" in error
+    assert "Tried to allocate 2.00 GiB" in error

@@ -237,6 +237,41 @@ def test_autocast_trains(amp: str, teacher: Path, tmp_path: Path) -> None:
         assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["scaler"]["scale"] > 1
 
 
+def test_accumulation_gives_the_gradient_of_the_whole_batch(teacher: Path, tmp_path: Path) -> None:
+    """With BatchNorm frozen; 64 and 8 images in 3 parts of unequal size."""
+    keys = at_kd(teacher) | {"freeze_bn": "true", "epochs": 1, "lr": 0.02}
+    for count in (1, 3):
+        assert run(tmp_path / str(count), **keys, accumulate=count) == 0
+    whole, parts = (torch.load(tmp_path / n / "model.pt", weights_only=True) for n in "13")
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5)
+    first, second = metrics(tmp_path / "1")[0], metrics(tmp_path / "3")[0]
+    assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-5)
+
+
+def test_pretrained_from_a_file(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of it, or, of another number of classes, all but the classifier; nothing of another model."""
+    weights = torch.load(teacher / "model.pt", weights_only=True)
+    keys = {"student": "wrn-10-2", "epochs": 1, "max_steps": 1, "lr": 1e-30}
+    assert run(tmp_path / "same", **keys, pretrained=teacher / "model.pt") == 0
+    other = weights | {"fc.weight": torch.zeros(7, 128), "fc.bias": torch.zeros(7)}
+    torch.save(other, tmp_path / "other.pt")
+    assert run(tmp_path / "new", **keys, pretrained=tmp_path / "other.pt") == 0
+    for name in ("same", "new"):
+        state = torch.load(tmp_path / name / "model.pt", weights_only=True)
+        kept = [
+            key
+            for key in weights
+            if key.endswith(("weight", "bias")) and torch.equal(state[key], weights[key])
+        ]
+        assert ("fc.weight" in kept) == (name == "same")
+        assert "conv.weight" in kept
+    capsys.readouterr()
+    check_refusal(run(tmp_path / "x", pretrained=teacher / "model.pt"), capsys, "pretrained wrn-10-1")
+    check_refusal(run(tmp_path / "x", pretrained="true"), capsys, "no weights of wrn-10-1")
+    assert not (tmp_path / "x").exists()
+
+
 def test_frozen_parts_do_not_move(tmp_path: Path) -> None:
     keys = {"freeze": "conv,group1", "freeze_bn": "true", "epochs": 1, "lr": 0.1}
     assert run(tmp_path / "run", **keys) == 0
@@ -488,5 +523,5 @@ def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_diverged_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "run", lr=1e30, lr_schedule="constant") == 1
-    assert "not finite after epoch 1" in capsys.readouterr().err
+    assert "not finite at step 2: loss" in capsys.readouterr().err
     assert not (tmp_path / "run/checkpoint.pt").exists()  # none with broken weights

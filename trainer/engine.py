@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import models
 from trainer import checkpoint, data, distributed, reporting, schedules
 from trainer.config import Config, ConfigError, differing_keys
 from trainer.distributed import Ranks
-from trainer.objectives import Objective, Tapped, describe_pairs, tap_names
+from trainer.objectives import Objective, Tapped, add_hints, describe, tap_names
+from trainer.watch import Diverged, Watch
 
 ARTEFACTS = (
     "config.yaml",
@@ -33,8 +34,8 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SUMS = 6  # of total, CE, AT and KD losses, of wrong answers, of images
 
 
-class Diverged(RuntimeError):
-    """Training has become meaningless; the last checkpoint is from before that."""
+class OutOfMemory(RuntimeError):
+    """The device's memory does not hold a step."""
 
 
 def train(config: Config) -> int:
@@ -45,11 +46,21 @@ def train(config: Config) -> int:
     """
     with distributed.ranks(config) as ranks:
         _set_up_torch(config, ranks)
-        run = Run(config, ranks)
-        if run.finished:
-            run.reporter.say(f"{config.output_dir} holds this run, finished: nothing to do")
-            return 0
-        return run.train()
+        try:
+            run = Run(config, ranks)
+            if run.finished:
+                run.reporter.say(f"{config.output_dir} holds this run, finished: nothing to do")
+                return 0
+            return run.train()
+        except torch.OutOfMemoryError as error:
+            mine = -(-config.batch_size // (ranks.world * config.accumulate))
+            raise OutOfMemory(
+                f"{ranks.device} is out of memory with {mine} images at a time (batch-size "
+                f"{config.batch_size}, {ranks.world} ranks, accumulate {config.accumulate}): a higher "
+                "accumulate gives the same gradients; a lower batch-size, amp bf16 and channels-last true "
+                "also save memory "
+                f"({str(error).splitlines()[0]})"
+            ) from None
 
 
 @dataclass
@@ -93,7 +104,7 @@ class Run:
         # does not undo the loss scale (seen in torch 2.13: a scaled gradient was applied as it was).
         fused = ranks.device.type == "cuda" or config.amp != "fp16"
         self.optimizer = torch.optim.SGD(
-            [parameter for parameter in self.student.parameters() if parameter.requires_grad],
+            [parameter for parameter in self.tapped.parameters() if parameter.requires_grad],
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
@@ -101,7 +112,7 @@ class Run:
             fused=fused,
         )
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
-        self.objective = Objective(config)
+        self.watch = Watch(self.student, scaled=config.amp == "fp16")
         self.progress = Progress()
         self.sums = torch.zeros(SUMS, dtype=torch.float64, device=ranks.device)
         if stored is not None:
@@ -114,6 +125,12 @@ class Run:
         config, device = self.config, self.ranks.device
         torch.manual_seed(config.seed)
         self.student = _create(config.student, self.dataset.classes, config)
+        if isinstance(config.pretrained, Path):
+            checkpoint.load_weights(
+                self.student, config.pretrained, f"pretrained {config.student}", new_classifier=True
+            )
+        elif config.pretrained:
+            checkpoint.load_published_weights(self.student, config.student)
         if config.sync_bn:
             if device.type != "cuda":
                 raise ConfigError("sync-bn needs CUDA devices")
@@ -130,17 +147,18 @@ class Run:
         if config.needs_teacher:
             teacher = _create(str(config.teacher), self.dataset.classes, config)
             checkpoint.load_weights(teacher, Path(str(config.teacher_checkpoint)), str(config.teacher))
-            names = tap_names(config, self.student, teacher) if config.uses_at else names
+            names = tap_names(config, self.student, teacher) if config.uses_features else names
             self.teacher = _tapped(teacher.to(device).eval().requires_grad_(False), names[1])
-        tapped = _tapped(self.student.to(device), names[0])
-        self.pairs: list[str] = []
-        if config.uses_at and self.teacher is not None:
-            self.pairs = describe_pairs(config, tapped, self.teacher, self.dataset.example(), names)
-        self.forward: nn.Module = tapped
+        self.tapped = _tapped(self.student.to(device), names[0])
+        if config.uses_hints and self.teacher is not None:
+            add_hints(self.tapped, self.teacher, self.dataset.example())
+        self.objective = Objective(config, self.tapped, self.teacher)
+        self.terms = describe(self.objective, self.dataset.example())
+        self.forward: nn.Module = self.tapped
         if self.ranks.world > 1:
             # Running statistics are rank 0's, sent around once per evaluation instead of at every step.
             self.forward = DistributedDataParallel(
-                tapped, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.tapped, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         if config.compile:
             # static shapes: an epoch has two batch sizes, and a kernel for each is faster than one for both
@@ -167,7 +185,7 @@ class Run:
             f"training and {len(self.dataset.test)} test images, method {config.method}, seed {config.seed}, "
             f"{self.ranks.world} x {self.ranks.device.type}"
         )
-        for line in (self.notice, *self.pairs):
+        for line in (self.notice, *self.terms):
             if line:
                 reporter.say(line)
         if self.teacher is not None:
@@ -214,7 +232,10 @@ class Run:
                 self._save()
                 if signal:
                     return signal
+        self.watch.wait()
         total, ce, at, kd, wrong, images = self.ranks.sum_(self.sums.clone()).tolist()
+        if not images:
+            raise Diverged(f"every step of epoch {epoch + 1} was skipped: no gradient was finite")
         seconds = time.perf_counter() - begun
         metrics = {
             "epoch": epoch + 1,
@@ -247,34 +268,51 @@ class Run:
         return slice(step * size, min((step + 1) * size, len(self.dataset.train)))
 
     def _train_step(self, images: Tensor, labels: Tensor, batch: int) -> None:
-        """One optimizer step on this rank's share of a global batch; nothing here waits for the device."""
-        config, ranks, step = self.config, self.ranks, self.progress.step
-        images = self._format(images)
-        beta = schedules.beta(config, step, self.steps_per_epoch)
+        """One optimizer step on this rank's share of a global batch.
+
+        Nothing here waits for the device, unless skip-nonfinite has to look at the gradients first.
+        """
+        config, step = self.config, self.progress.step
         for group in self.optimizer.param_groups:
             group["lr"] = schedules.learning_rate(config, step, self.steps_per_epoch)
-
-        teacher_logits, teacher_features = None, []
-        with self._autocast():
-            if self.teacher is not None and (config.uses_kd or beta > 0):
-                with torch.no_grad():
-                    teacher_logits, teacher_features = self.teacher(images)
-            logits, features = self.forward(images)
-            losses = self.objective(logits, features, teacher_logits, teacher_features, labels, beta)
-        # DDP averages gradients over ranks: weighted by its share, each gives the mean over the global batch.
-        share = len(labels) * ranks.world / batch
-        loss = losses.total if share == 1 else losses.total * share
+        beta = schedules.beta(config, step, self.steps_per_epoch)
+        statistics = [b.clone() for b in self.student.buffers()] if config.skip_nonfinite else []
+        sums = torch.zeros_like(self.sums)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        parts = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True))
+        for i, (some_images, some_labels) in enumerate(parts):
+            with self._gradients_stay_here(i + 1 < len(parts)):
+                self._backward(self._format(some_images), some_labels, batch, beta, sums)
+        norm = nn.utils.get_total_norm([p.grad for p in self.tapped.parameters() if p.grad is not None])
+        if config.skip_nonfinite and not norm.isfinite():
+            self.reporter.say(f"step {step + 1}: skipped, its gradients are not finite")
+            for buffer, before in zip(self.student.buffers(), statistics, strict=True):
+                buffer.copy_(before)
+            return
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.sums += sums
+        self.watch.look(step + 1, sums[:4], norm)
 
+    def _backward(self, images: Tensor, labels: Tensor, batch: int, beta: float, sums: Tensor) -> None:
+        """Add up the gradients of some images of a global batch, and in `sums` their losses and errors."""
+        with self._autocast():
+            losses, logits = self.objective(self.forward, images, labels, beta)
+        # DDP averages gradients over ranks: weighted by its share, each gives the mean over the global batch.
+        share = len(labels) * self.ranks.world / batch
+        loss = losses.total if share == 1 else losses.total * share
+        self.scaler.scale(loss).backward()
         with torch.no_grad():
             wrong = (logits.argmax(1) != labels).sum()
-            terms = torch.stack([losses.total, losses.ce, losses.at, losses.kd]).double() * len(labels)
-            self.sums[:4] += terms
-            self.sums[4] += wrong
-            self.sums[5] += len(labels)
+            sums[:4] += torch.stack([losses.total, losses.ce, losses.at, losses.kd]).double() * len(labels)
+            sums[4] += wrong
+            sums[5] += len(labels)
+
+    def _gradients_stay_here(self, stay: bool) -> AbstractContextManager[None]:
+        """Where more parts of a batch follow, gradients are not yet sent to the other ranks."""
+        if stay and isinstance(self.forward, DistributedDataParallel):
+            return self.forward.no_sync()
+        return nullcontext()
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:
@@ -315,6 +353,7 @@ class Run:
                 {
                     "config": self.config.model_dump(mode="json", by_alias=True),
                     "model": checkpoint.weights(self.student),
+                    "hints": checkpoint.weights(self.tapped.hints) if self.tapped.hints else None,
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
                     "progress": asdict(progress),
@@ -322,10 +361,13 @@ class Run:
                 },
                 keep_latest=keep_latest,
             )
+        self.watch.last_saved = f"{self.folder / checkpoint.LATEST} (step {self.progress.step})"
 
     def _restore(self, stored: dict[str, Any]) -> None:
         try:
             self.student.load_state_dict(stored["model"])
+            if self.tapped.hints is not None:
+                self.tapped.hints.load_state_dict(stored["hints"])
             self.optimizer.load_state_dict(stored["optimizer"])
             self.scaler.load_state_dict(stored["scaler"])
             self.progress = Progress(**stored["progress"])

@@ -1,9 +1,10 @@
-"""What a student is trained on: cross-entropy, attention transfer, distillation, or their sum."""
+"""What a student is trained on: cross-entropy, distillation, a transfer term, or their sum."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,16 @@ from trainer.config import Config, ConfigError
 
 
 class Tapped(nn.Module):
-    """`model` returning its logits and its features at `names`: one module to wrap in DDP or to compile."""
+    """`model` returning its logits and its features at `names`: one module to wrap in DDP or to compile.
+
+    A student trained by hints has their regressors in `hints`, for DDP and the optimizer to find.
+    """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.model = model
         self.taps = at_fused.FeatureTaps(model, names)
+        self.hints: at_fused.FeatureHints | None = None
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         logits = self.model(images)
@@ -40,14 +45,17 @@ class Losses:
 
 
 class Objective:
-    """The loss of a method: CE for `none`; CE + AT for `at`; the distillation loss, which contains
-    (1 - alpha) CE, for `kd`; that + AT for `at+kd`.
+    """The loss of a method, for `student` and, where the method has one, `teacher`.
 
-    `Losses.at` is the AT term with beta in it, `Losses.kd` the whole distillation loss; 0 where unused.
+    It is CE for `none`, the distillation loss, which contains (1 - alpha) CE, for `kd` and `at+kd`; plus beta
+    times the transfer term: AT for `at` and `at+kd`, F-ActT for `hints`, the losses of section 3.2 for
+    `grad-at`, `symmetry` and `min-l2`.
+
+    `Losses.at` is the transfer term with beta in it, `Losses.kd` the whole distillation loss; 0 where unused.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, student: Tapped, teacher: Tapped | None) -> None:
+        self.config, self.student, self.teacher = config, student, teacher
         self.attention = at_fused.AttentionLoss(
             p=config.p,
             beta=config.beta,
@@ -59,25 +67,53 @@ class Objective:
         )
 
     def __call__(
-        self,
-        logits: Tensor,
-        features: Sequence[Tensor],
-        teacher_logits: Tensor | None,
-        teacher_features: Sequence[Tensor],
-        targets: Tensor,
-        beta: float,
-    ) -> Losses:
+        self, forward: nn.Module, images: Tensor, targets: Tensor, beta: float
+    ) -> tuple[Losses, Tensor]:
+        """The losses of a batch, and its logits; `forward` is the student as DDP or the compiler wraps it."""
         config = self.config
+        gradients = config.uses_gradients and beta > 0
+        # Under DDP every parameter must get a gradient in every step: regressors also while beta is 0.
+        compares = config.uses_hints or (config.uses_at and beta > 0)
+        teacher_logits, teacher_features = None, []
+        if self.teacher is not None and (config.uses_kd or compares):
+            with torch.no_grad():
+                teacher_logits, teacher_features = self.teacher(images)
+        if gradients:
+            images = images.detach().requires_grad_()
+        logits, features = forward(images)
+
         ce = F.cross_entropy(logits.float(), targets)
         zero = torch.zeros_like(ce)
         at = kd = zero
-        if config.uses_at and beta > 0:
-            self.attention.beta = beta  # folded into the kernel, so a schedule costs nothing
-            at = self.attention(features, teacher_features)
+        if compares:
+            at = self.feature_term(features, teacher_features, beta)
+        elif gradients:
+            at = beta * self.gradient_term(images, targets, logits)
         if config.uses_kd and teacher_logits is not None:
             kd = at_fused.distillation_loss(logits, teacher_logits, targets, config.temperature, config.alpha)
         base = kd if config.uses_kd else ce
-        return Losses(base if at is zero else base + at, ce, at, kd)
+        return Losses(base if at is zero else base + at, ce, at, kd), logits
+
+    def feature_term(self, students: Sequence[Tensor], teachers: Sequence[Tensor], beta: float) -> Tensor:
+        """beta times AT or F-ActT."""
+        if self.student.hints is not None:
+            return beta * self.student.hints(students, teachers)
+        self.attention.beta = beta  # folded into the kernel, so a schedule costs nothing
+        return self.attention(students, teachers)
+
+    def gradient_term(self, images: Tensor, targets: Tensor, logits: Tensor | None) -> Tensor:
+        """The loss on the gradients at `images`; `logits` are the student's for them."""
+        config, model = self.config, self.student.model
+        options: dict[str, Any] = {"layer": config.gradient_layer, "batch_norm": config.gradient_bn}
+        if config.gradient_layer is None and config.gradient_bn != "running":
+            options["logits"] = logits  # made with the statistics that are asked for: no second pass
+        if config.method == "symmetry":
+            weight = config.output_weight
+            return at_fused.symmetry_loss(model, images, targets, output_weight=weight, **options)
+        if self.teacher is not None:
+            teacher = self.teacher.model
+            return at_fused.gradient_attention_loss(model, teacher, images, targets, **options)
+        return at_fused.input_gradient_norm(model, images, targets, **options)
 
 
 def tap_names(config: Config, student: TappedModel, teacher: TappedModel) -> tuple[list[str], list[str]]:
@@ -94,29 +130,53 @@ def tap_names(config: Config, student: TappedModel, teacher: TappedModel) -> tup
     return names, names
 
 
-@torch.no_grad()
-def describe_pairs(
-    config: Config, student: Tapped, teacher: Tapped, image: Tensor, names: tuple[list[str], list[str]]
-) -> list[str]:
-    """One line per pair of features, found with one `image` (1, 3, H, W): shapes and beta per map element.
+def add_hints(student: Tapped, teacher: Tapped, image: Tensor) -> None:
+    """Give `student` the regressors for its features and the teacher's, whose channels `image` shows."""
+    students, teachers = _features(student, teacher, image)
+    channels = [[feature.shape[1] for feature in side] for side in (students, teachers)]
+    student.hints = at_fused.FeatureHints(*channels).to(image.device)
+
+
+def describe(objective: Objective, image: Tensor) -> list[str]:
+    """What the transfer term compares, found with one `image` (1, 3, H, W), and with what weight: lines.
 
     The paper's beta "divided by number of elements in attention map and batch size" (section 4.1.1) is what
-    the mean over both amounts to. A pair that cannot be compared raises ConfigError.
+    the mean over both amounts to. What cannot be compared raises ConfigError.
     """
-    pairs = [module.eval()(image)[1] for module in (student, teacher)]
-    objective = Objective(config)
+    config, student, teacher = objective.config, objective.student, objective.teacher
+    if not config.uses_beta:
+        return []
+    late = f" from epoch {config.at_start_epoch}" if config.at_start_epoch else ""
+    lines = [f"beta {config.beta:g}, {config.beta_schedule}{late}"]
+    per_image = config.beta / config.batch_size
+    if config.uses_gradients:
+        where = f"output of {config.gradient_layer}" if config.gradient_layer else "input"
+        student.eval()
+        try:
+            objective.gradient_term(image, torch.zeros(1, dtype=torch.int64, device=image.device), None)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"method {config.method}: {error}") from None
+        return [*lines, f"{config.method} at the {where}: beta/2 {per_image / 2:.3g} per image"]
+    assert teacher is not None
+    pairs = _features(student, teacher, image)
     try:
-        objective.attention(*pairs)
+        objective.feature_term(*pairs, config.beta)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"taps {names[0]}: {error}") from None
-    lines = []
-    for s_name, t_name, s, t in zip(*names, *pairs, strict=True):
-        elements = s.shape[2:].numel()
+        raise ConfigError(f"taps {list(student.taps.names)}: {error}") from None
+    for s_name, t_name, s, t in zip(student.taps.names, teacher.taps.names, *pairs, strict=True):
         shapes = "x".join(map(str, s.shape[1:])), "x".join(map(str, t.shape[1:]))
-        effective = (
-            f"{config.beta / (elements * config.batch_size):.3g} per element"
-            if config.distance == "mse"
-            else f"{config.beta / config.batch_size:.3g} per image"
-        )
-        lines.append(f"AT {s_name} {shapes[0]} <- {t_name} {shapes[1]}: beta {effective}")
+        pair = f"{s_name} {shapes[0]} <- {t_name} {shapes[1]}"
+        elements = s.shape[2:].numel()
+        if config.uses_hints:
+            regressor = "none" if s.shape[1] == t.shape[1] else f"1x1, {s.shape[1]} to {t.shape[1]}"
+            lines.append(f"hints {pair}: beta {per_image:.3g} per image, regressor {regressor}")
+        elif config.distance == "mse":
+            lines.append(f"AT {pair}: beta {per_image / elements:.3g} per element")
+        else:
+            lines.append(f"AT {pair}: beta {per_image:.3g} per image")
     return lines
+
+
+@torch.no_grad()
+def _features(student: Tapped, teacher: Tapped, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    return student.eval()(image)[1], teacher.eval()(image)[1]

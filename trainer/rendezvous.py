@@ -1,6 +1,6 @@
 """A store that holds nothing from before: what lets restarted ranks find each other and no dead ones.
 
-torchrun keeps one store for all its restarts. A rank may then find there the address of a rank that was killed,
+torchrun keeps one store for all its restarts. A rank may then find there the address of one that was killed,
 and wait for it until a timeout of half an hour (seen with gloo in torch 2.13; pytorch/pytorch#135712).
 """
 

@@ -31,9 +31,9 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
 
 
 def beta(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Weight of the AT term at `step`: 0 before `at_start_epoch`, then `beta` decaying to the last step."""
+    """Weight of the transfer term at `step`: 0 before `at_start_epoch`, then `beta`, decaying to the end."""
     first = config.at_start_epoch * steps_per_epoch
-    if not config.uses_at or step < first:
+    if not config.uses_beta or step < first:
         return 0.0
     done = (step - first) / (config.epochs * steps_per_epoch - first)
     if config.beta_schedule == "linear":

@@ -1,0 +1,165 @@
+"""SIGKILL at chosen and at random moments: the run that continues is bitwise the undisturbed one.
+
+`make soak` asks for more of the random ones through AT_FUSED_SOAK.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pkgutil
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_trainer import SMALL, check_same, flags
+from test_trainer_distributed import ENVIRONMENT, ROOT, command
+
+import train
+
+SOAK = int(os.environ.get("AT_FUSED_SOAK", "1"))
+KEYS = SMALL | {"epochs": 3, "checkpoint-every": 2}  # 12 steps, 6 checkpoints
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run with a teacher, AT and KD."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    assert train.main(flags(SMALL | {"student": "wrn-10-2", "epochs": 1, "output-dir": folder})) == 0
+    teacher = {"teacher": "wrn-10-2", "teacher-checkpoint": folder / "model.pt"}
+    return KEYS | {"method": "at+kd"} | teacher
+
+
+@pytest.fixture(scope="module")
+def whole(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train.main(flags(keys | {"output-dir": folder})) == 0
+    return folder
+
+
+def in_a_child(work: Callable[[], int]) -> int:
+    """A forked process, which spares every run the imports; its number."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(work())
+        finally:
+            os._exit(99)
+    return child
+
+
+def code_of(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def fatal(target: str, call: int) -> None:
+    """Make the given call of the function `target` the last thing that this process does."""
+    owner_name, name = target.rsplit(".", 1)
+    owner = pkgutil.resolve_name(owner_name)
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def deadly(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(owner, name, deadly)
+
+
+@pytest.mark.parametrize(
+    "target, call",
+    [
+        ("trainer.engine.Run.evaluate", 1),  # the teacher's, before anything is written
+        ("trainer.engine.Run._backward", 7),
+        ("torch.optim.SGD.step", 5),
+        ("trainer.engine.Run.evaluate", 3),
+        ("trainer.checkpoint.save", 1),
+        ("trainer.checkpoint.save", 4),
+        ("os.fsync", 4),  # before a checkpoint's bytes are safe
+        ("os.fsync", 5),
+        ("os.link", 2),  # before the previous checkpoint has its second name
+        ("os.replace", 5),
+        ("os.replace", 6),
+        ("os.replace", 7),
+        ("trainer.reporting.write_metrics", 2),
+        ("trainer.reporting.write_curves", 1),  # the training is over, its results are not written
+        ("trainer.reporting.write_summary", 1),
+    ],
+)
+def test_killed_at(target: str, call: int, keys: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+    words = flags(keys | {"output-dir": tmp_path / "run"})
+
+    def work() -> int:
+        fatal(target, call)
+        return train.main(words)
+
+    assert code_of(in_a_child(work)) == -signal.SIGKILL, "the moment never came"
+    assert train.main(words) == 0
+    check_same(tmp_path / "run", whole)
+
+
+def test_killed_at_random(keys: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+    """Twenty times in one run's life, each somewhere in the time that is left to it."""
+    words = flags(keys | {"output-dir": tmp_path / "run"})
+    begun = time.perf_counter()
+    assert code_of(in_a_child(lambda: train.main(flags(keys | {"output-dir": tmp_path / "timed"})))) == 0
+    seconds = time.perf_counter() - begun
+    draw, killed = random.Random(0), 0
+    for _ in range(20 * SOAK):
+        child = in_a_child(lambda: train.main(words))
+        time.sleep(draw.uniform(0, seconds / 2))
+        os.kill(child, signal.SIGKILL)
+        killed += code_of(child) == -signal.SIGKILL
+        if (tmp_path / "run" / "summary.json").exists():
+            check_same(tmp_path / "run", whole)
+            for path in (tmp_path / "run").iterdir():
+                path.unlink()
+    assert killed >= 5, "a run was over before its time"
+    assert train.main(words) == 0
+    check_same(tmp_path / "run", whole)
+
+
+def workers_of(launcher: int) -> list[int]:
+    """Processes that torchrun has started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+        except OSError:
+            continue
+        alive = not fields["State"].startswith("Z")
+        if alive and int(fields["PPid"]) == launcher and "python" in fields["Name"]:
+            found.append(int(fields["Pid"]))
+    return sorted(found)
+
+
+def test_a_rank_is_killed_under_elastic_restart(tmp_path: Path) -> None:
+    """torchrun starts both ranks again, and they continue by themselves."""
+    options = {"epochs": 30, "freeze_bn": "false", "checkpoint_every": 3}
+    undisturbed = command(2, tmp_path / "whole", **options)
+    assert subprocess.run(undisturbed, cwd=ROOT, env=ENVIRONMENT, capture_output=True).returncode == 0
+    folder, kills, draw = tmp_path / "run", 2 * SOAK, random.Random(1)
+    line = command(2, folder, **options)
+    line.insert(line.index("--standalone"), f"--max-restarts={kills}")
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log)
+        killed: list[int] = []
+        deadline = time.monotonic() + 120 * kills
+        while launcher.poll() is None and time.monotonic() < deadline:
+            workers = [worker for worker in workers_of(launcher.pid) if worker not in killed]
+            if len(killed) < 2 * kills and len(workers) == 2 and (folder / "checkpoint.pt").exists():
+                time.sleep(draw.uniform(0, 0.5))
+                victim = draw.choice(workers)
+                os.kill(victim, signal.SIGKILL)
+                killed += workers
+            time.sleep(0.02)
+    assert launcher.poll() == 0, (tmp_path / "log").read_text()[-3000:]
+    assert len(killed) == 2 * kills
+    check_same(folder, tmp_path / "whole")
