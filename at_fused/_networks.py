@@ -110,7 +110,8 @@ def _zoo(name: str) -> tuple[Architecture | None, list[str]]:
     if zoo is None:
         return None, []
     try:
-        zoo.create(name)
+        with torch.device("meta"):
+            zoo.create(name)
     except ValueError as error:
         if str(error).startswith("unknown model"):
             return None, list(zoo.available())

@@ -13,7 +13,6 @@ from torch import Tensor
 from ._networks import Architecture, repository
 
 BORDER = 1 / 16  # cut from each side: what a crop of 224 out of 256 leaves
-LABEL = 18  # characters
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ def read_files(paths: Sequence[str], count: int) -> Images:
             found = sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes)
             if not found:
                 raise ValueError(f"images {path}: no image files in this folder")
-            chosen = [found[i * len(found) // count] for i in range(min(count, len(found)))]
+            few = min(count, len(found))
+            chosen = [found[i * len(found) // few] for i in range(few)]
             files += [(f, f.parent.name if f.parent != path else f.stem) for f in chosen]
         else:
             files.append((path, path.stem))
@@ -68,7 +68,7 @@ def read_files(paths: Sequence[str], count: int) -> Images:
         mean, std = (torch.tensor(values)[:, None, None] for values in architecture.statistics)
         return (shown(architecture.size) - mean) / std
 
-    return Images(shown, given, [_short(label) for _, label in files])
+    return Images(shown, given, [label for _, label in files])
 
 
 def read_dataset(name: str, data_dir: str | None, indices: Sequence[int], size: int) -> Images:
@@ -85,7 +85,7 @@ def read_dataset(name: str, data_dir: str | None, indices: Sequence[int], size: 
     x, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     pictures = (x * dataset.std[:, None, None] + dataset.mean[:, None, None]) / 255
     classes = _class_names(name, data_dir, dataset)
-    labels = [_short(classes[target] if classes else f"class {target}") for target in targets.tolist()]
+    labels = [classes[target] if classes else f"class {target}" for target in targets.tolist()]
     return Images(lambda size: pictures, lambda architecture: x, labels, targets, classes)
 
 
@@ -106,7 +106,3 @@ def _tensor(image: Any) -> Tensor:
     """(3, H, W) in 0..1 of a PIL image in RGB."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 255
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LABEL else f"{text[: LABEL - 1]}…"

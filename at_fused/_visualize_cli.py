@@ -190,7 +190,8 @@ def _load_networks(args: argparse.Namespace) -> dict[str, Network]:
         raise ValueError(f"{len(weights)} checkpoints for {len(models)} models: give one for each")
     models, weights = models * (count // len(models)), weights * (count // len(weights))
     titles = args.titles or [
-        name if models.count(name) == 1 else f"{name} ({place + 1})" for place, name in enumerate(models)
+        name.rpartition("/")[2] if models.count(name) == 1 else f"{name} ({place + 1})"
+        for place, name in enumerate(models)
     ]
     if len(titles) != count or len(set(titles)) != count:
         raise ValueError(f"--titles: {count} different ones are needed, got {len(set(titles))}")
@@ -222,6 +223,7 @@ def last_of_each_size(model: nn.Module, x: Tensor) -> list[str]:
     """Names of the modules that are the last to put out each spatial size, in forward order.
 
     These are the "last pre-downsampling" and the top activations of Figure 4, for any convolutional network.
+    Normalisations are passed over: after a LayerNorm every position has nearly the same squared sum.
     """
     last: dict[tuple[int, ...], str] = {}
 
@@ -234,7 +236,11 @@ def last_of_each_size(model: nn.Module, x: Tensor) -> list[str]:
 
         return record
 
-    handles = [m.register_forward_hook(recorder(name)) for name, m in model.named_modules() if name]
+    handles = [
+        m.register_forward_hook(recorder(name))
+        for name, m in model.named_modules()
+        if name and "Norm" not in type(m).__name__
+    ]
     try:
         _run(model, x)
     finally:

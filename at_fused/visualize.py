@@ -6,7 +6,8 @@ weights and images by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ SCALES = ("own", "group")
 _CELL, _GAP, _GROUP_GAP, _LINE = 1.2, 0.07, 0.2, 0.14
 _LEFT, _RIGHT, _EDGE = 1.0, 0.75, 0.1
 _SMALL, _NORMAL = 7, 8.5  # points
+_CHARACTER = 0.08  # inches, the average of _NORMAL
 _OPACITY = 0.6  # of a map over its image
 
 
@@ -104,21 +106,27 @@ def attention_grid(
         rows = [(i, None) for i in range(len(images))]
         columns, titles = list(networks), list(networks)
 
-    above = _LINE * max((text.count("\n") + 1 for texts in captions.values() for text in texts), default=0)
+    captions = {name: [_wrapped(text, _CELL) for text in texts] for name, texts in captions.items()}
+    above = _lines(text for texts in captions.values() for text in texts)
     height = _CELL * size[0] / size[1]
     pitch = above + height + (_LINE if compare_to else 0) + _GAP
     group_width = len(columns) * (_CELL + _GAP) - _GAP + _GROUP_GAP
-    lefts = [_LEFT + _CELL + _GROUP_GAP + i * group_width for i in range(count)]
-    top = _EDGE + 2.4 * _LINE
+    names = {name: _wrapped(name, height) for name in networks} if len(exponents) > 1 else {}
+    lefts = [_LEFT + _CELL + _GROUP_GAP + _lines(names.values()) + i * group_width for i in range(count)]
+    headings = [
+        _wrapped(f"{heading} ({', '.join(_sizes(maps, index))})", group_width)
+        for index, heading in enumerate(groups)
+    ]
+    titles = [_wrapped(title, _CELL) for title in titles]
+    base = _EDGE + _lines(headings) * 1.1
+    top = base + _lines(titles) + 0.2 * _LINE
     page = _Page(figure_class, lefts[-1] + group_width - _GROUP_GAP + _RIGHT, top + len(rows) * pitch + _EDGE)
 
-    page.text(_LEFT + _CELL / 2, top - 0.6 * _LINE, "image", _NORMAL)
-    for left, heading, index in zip(lefts, groups, range(count), strict=True):
-        sizes = dict.fromkeys("×".join(map(str, levels[index].shape[1:])) for levels in maps.values())
-        middle = left + (group_width - _GROUP_GAP) / 2
-        page.text(middle, top - 1.8 * _LINE, f"{heading} ({', '.join(sizes)})", _NORMAL + 1)
+    page.text(_LEFT + _CELL / 2, top, "image", _NORMAL)
+    for left, heading in zip(lefts, headings, strict=True):
+        page.text(left + (group_width - _GROUP_GAP) / 2, base, heading, _NORMAL + 1)
         for place, title in enumerate(titles):
-            page.text(left + place * (_CELL + _GAP) + _CELL / 2, top - 0.6 * _LINE, title, _NORMAL)
+            page.text(left + place * (_CELL + _GAP) + _CELL / 2, top, title, _NORMAL)
 
     drawn: Any = None
     for number, (image, only) in enumerate(rows):
@@ -127,7 +135,8 @@ def attention_grid(
             axes = page.axes(_LEFT, y, _CELL, height)
             axes.imshow(pictures[image], cmap="gray", vmin=0, vmax=1)
             if labels is not None:
-                axes.set_ylabel(labels[image], rotation=0, ha="right", va="center", fontsize=_NORMAL)
+                label = _wrapped(labels[image], _LEFT)
+                axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=_NORMAL)
         for index, left in enumerate(lefts):
             cells = {key: _enlarged(levels[index][image], size) for key, levels in maps.items()}
             largest = max(cell.max() for cell in cells.values())
@@ -145,7 +154,7 @@ def attention_grid(
                     alpha=_OPACITY if overlay else None,
                 )
                 if place == 0 and index == 0 and only:
-                    axes.set_ylabel(only, fontsize=_NORMAL, labelpad=2)
+                    axes.set_ylabel(names[only], fontsize=_NORMAL, labelpad=2)
                 if name in captions and index == 0 and (place == 0 or not only):
                     axes.set_title(captions[name][image], fontsize=_SMALL, pad=2)
                 if compare_to not in (None, name):
@@ -154,10 +163,12 @@ def attention_grid(
                     )
                     axes.set_xlabel(f"{similarity:.2f}", fontsize=_SMALL, labelpad=1)
 
-    bar_height = min(len(rows) * pitch - above - _GAP, 3.0)
+    bar_height = min((len(rows) - 1) * pitch + height, 3.0)
     bar_axes = page.axes(page.width - _RIGHT + 0.15, top + above, 0.1, bar_height)
     bar = page.figure.colorbar(drawn, cax=bar_axes, ticks=[0, 1])
-    bar.ax.set_yticklabels(["0", "max" if scale == "own" else "group's\nmax"], fontsize=_NORMAL)
+    bar.ax.set_yticklabels(["0", "max" if scale == "own" else "max of\ngroup"], fontsize=_NORMAL)
+    if bar.solids is not None:
+        bar.solids.set_alpha(1)
     return page.figure
 
 
@@ -182,9 +193,24 @@ class _Page:
             spine.set_visible(False)
         return axes
 
-    def text(self, left: float, top: float, text: str, points: float) -> None:
-        x, y = left / self.width, 1 - top / self.height
-        self.figure.text(x, y, text, ha="center", va="center", fontsize=points)
+    def text(self, middle: float, bottom: float, text: str, points: float) -> None:
+        x, y = middle / self.width, 1 - (bottom - 0.2 * _LINE) / self.height
+        self.figure.text(x, y, text, ha="center", va="bottom", fontsize=points)
+
+
+def _wrapped(text: str, inches: float) -> str:
+    """`text` in lines of at most so many inches."""
+    return "\n".join(textwrap.fill(line, max(int(inches / _CHARACTER), 1)) for line in text.split("\n"))
+
+
+def _lines(texts: Iterable[str]) -> float:
+    """Inches that the longest of `texts` needs."""
+    return _LINE * max((text.count("\n") + 1 for text in texts), default=0)
+
+
+def _sizes(maps: Mapping[Any, Sequence[Tensor]], index: int) -> list[str]:
+    """Different sizes of the maps of a group, such as 8×8."""
+    return list(dict.fromkeys("×".join(map(str, levels[index].shape[1:])) for levels in maps.values()))
 
 
 def _figure_class() -> type[Figure]:

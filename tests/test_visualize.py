@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import subprocess
 import sys
 
@@ -72,11 +73,92 @@ def test_places_maps_right_of_the_image_in_rows(images: Tensor, networks: Networ
 def test_names_groups_networks_and_images(images: Tensor, networks: Networks) -> None:
     figure = attention_grid(images, networks, groups=["early", "late"], labels=["a cat", "a dog"])
     axes = drawn(figure)
-    assert [cell.get_title() for cell in axes[:5]] == ["image", "student", "teacher", "student", "teacher"]
-    assert not any(cell.get_title() for cell in axes[5:])
     assert [axes[0].get_ylabel(), axes[5].get_ylabel()] == ["a cat", "a dog"]
-    assert [text.get_text() for text in figure.texts] == ["early (6×8)", "late (3×4)"]
-    assert attention_grid(images, networks).texts[0].get_text() == "group 1 (6×8)"
+    texts = [text.get_text() for text in figure.texts]
+    assert texts == ["image", "early (6×8)", "student", "teacher", "late (3×4, 6×8)", "student", "teacher"]
+    assert attention_grid(images, networks).texts[1].get_text() == "group 1 (6×8)"
+    for cell, title in zip(axes[1:5], figure.texts[2:4] + figure.texts[5:], strict=True):
+        box = cell.get_position()
+        assert box.x0 < title.get_position()[0] < box.x1
+        assert title.get_position()[1] > box.y1
+
+
+def test_several_powers_give_a_row_per_image_and_network(images: Tensor, networks: Networks) -> None:
+    figure = attention_grid(images, networks, p=[1, 2, 4], labels=["a cat", "a dog"])
+    axes = drawn(figure)
+    assert len(axes) == 2 * (1 + 2 * 2 * 3)  # the image once, then networks x groups x powers
+    assert [text.get_text() for text in figure.texts[2:5]] == ["p = 1", "p = 2", "p = 4"]
+    for image, start in ((0, 0), (1, 13)):
+        np.testing.assert_array_equal(axes[start].images[0].get_array(), images[image].permute(1, 2, 0))
+        cells = iter(axes[start + 1 : start + 13])
+        for name in networks:
+            for group in range(2):
+                for place, power in enumerate((1, 2, 4)):
+                    cell = next(cells)
+                    assert cell.get_ylabel() == (name if group == place == 0 else "")
+                    expected = networks[name][group][image].double().abs().pow(power).sum(0)[None, None]
+                    expected = F.interpolate(expected, (12, 16), mode="bilinear", align_corners=False)[0, 0]
+                    np.testing.assert_allclose(
+                        cell.images[0].get_array(), expected / expected.max(), rtol=1e-5
+                    )
+
+
+def test_one_scale_for_the_normalised_maps_of_a_group(images: Tensor, networks: Networks) -> None:
+    axes = drawn(attention_grid(images, networks, scale="group"))
+    for image in range(2):
+        for group in range(2):
+            expected = []
+            for name in networks:
+                found = networks[name][group][image].double().square().sum(0)
+                found = (found / found.norm() * found.numel() ** 0.5)[None, None]
+                expected.append(F.interpolate(found, (12, 16), mode="bilinear", align_corners=False)[0, 0])
+            largest = max(e.max() for e in expected)
+            for place, each in enumerate(expected):
+                cell = axes[5 * image + 1 + 2 * group + place]
+                np.testing.assert_allclose(cell.images[0].get_array(), each / largest, rtol=1e-5)
+
+
+def test_overlays_the_map_on_the_grey_image(images: Tensor, networks: Networks) -> None:
+    axes = drawn(attention_grid(images, networks, overlay=True))
+    beside = drawn(attention_grid(images, networks))
+    for cell, other in zip(axes[1:5], beside[1:5], strict=True):
+        under, over = cell.images
+        np.testing.assert_allclose(under.get_array(), images[0].mean(0), rtol=1e-6)
+        np.testing.assert_array_equal(over.get_array(), other.images[0].get_array())
+        assert 0 < over.get_alpha() < 1
+    assert len(axes[0].images) == 1
+
+
+def test_writes_captions_above_the_first_map_of_a_network(images: Tensor, networks: Networks) -> None:
+    captions = {"student": ["cat", "cat"], "teacher": ["a cat", "a dog"]}
+    axes = drawn(attention_grid(images, networks, captions=captions))
+    assert [cell.get_title() for cell in axes[:5]] == ["", "cat", "a cat", "", ""]
+    assert [cell.get_title() for cell in axes[5:]] == ["", "cat", "a dog", "", ""]
+    axes = drawn(attention_grid(images, networks, captions=captions, p=[1, 2]))
+    titles = [cell.get_title() for cell in axes]
+    assert titles == ["", "cat", "", "", "", "a cat", "", "", "", "", "cat", "", "", "", "a dog", "", "", ""]
+
+
+@pytest.mark.parametrize("p", [2, [1, 2]])
+def test_long_texts_stay_inside_and_apart(images: Tensor, networks: Networks, p: list[float]) -> None:
+    long = {f"a network with a very long name, the {name}": found for name, found in networks.items()}
+    captions = {name: ["German short-haired pointer, retriever"] * 2 for name in long}
+    labels = ["an_unbroken_name_of_a_file_123", "a name in several words, all short"]
+    groups = ["features.transition1.convolution", "features.transition2.convolution"]
+    compare_to = next(iter(long))
+    figure = attention_grid(
+        images, long, p=p, labels=labels, captions=captions, groups=groups, compare_to=compare_to
+    )
+    figure.savefig(io.BytesIO(), format="png")
+    artists = [*figure.texts, *(t for a in figure.axes for t in (a.title, a.xaxis.label, a.yaxis.label))]
+    artists = [text for text in artists if text.get_text()] + drawn(figure)
+    boxes = [artist.get_window_extent().padded(-1.5) for artist in artists]  # pixels: they may touch
+    page = figure.bbox
+    for artist, box in zip(artists, boxes, strict=True):
+        assert page.x0 <= box.x0 < box.x1 <= page.x1, artist
+        assert page.y0 <= box.y0 < box.y1 <= page.y1, artist
+    for (one, box), (other, other_box) in itertools.combinations(zip(artists, boxes, strict=True), 2):
+        assert not box.overlaps(other_box), (one, other)
 
 
 def test_writes_the_similarity_below_each_map(images: Tensor, networks: Networks) -> None:
@@ -142,6 +224,10 @@ def test_saves_a_png(images: Tensor, networks: Networks) -> None:
         ({"groups": ["one"]}, "1 group headings for 2 groups"),
         ({"labels": ["one"]}, "1 labels for 2 images"),
         ({"compare_to": "techer"}, "techer.*student.*teacher"),
+        ({"captions": {"techer": ["a", "b"]}}, "techer.*student.*teacher"),
+        ({"captions": {"teacher": ["a"]}}, "1 captions of teacher for 2 images"),
+        ({"scale": "all"}, "own.*group.*'all'"),
+        ({"networks": {"a": [torch.rand(2, 4, 4)]}, "p": [1, 2]}, r"a, group 0: several p .*\(2, 4, 4\)"),
     ],
 )
 def test_refuses_what_does_not_fit(
