@@ -1,0 +1,358 @@
+"""`python -m at_fused.visualize`: which features of which images it draws, and the errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import at_fused
+import models
+from at_fused import _networks, _pictures, _visualize_cli
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures in two subfolders, in different sizes and modes, and a file that is none."""
+    path = tmp_path_factory.mktemp("images")
+    draw = torch.Generator().manual_seed(0)
+    for name, mode, size in (
+        ("cat/a.png", "RGB", (40, 32)),
+        ("cat/b.jpg", "L", (32, 32)),
+        ("dog/c.png", "P", (64, 48)),
+    ):
+        (path / name).parent.mkdir(exist_ok=True)
+        pixels = torch.randint(256, (size[0] * size[1] * 3,), generator=draw, dtype=torch.uint8)
+        Image.frombytes("RGB", size, pixels.numpy().tobytes()).convert(mode).save(path / name)
+    (path / "notes.txt").write_text("not an image")
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save(models.create("wrn-10-1", 5).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def drawing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs the command line, and returns what it gave to `attention_grid`, which still draws."""
+
+    def run(*words: object) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+
+        def grid(images: Tensor, networks: Any, **options: Any) -> Any:
+            seen.update(options, images=images, networks=networks)
+            return at_fused.visualize.attention_grid(images, networks, **options)
+
+        monkeypatch.setattr(_visualize_cli, "attention_grid", grid)
+        out = tmp_path / "x.png"
+        assert _visualize_cli.main([str(word) for word in (*words, "--out", out)]) == 0
+        assert out.read_bytes().startswith(b"\x89PNG")
+        return seen
+
+    return run
+
+
+def normalised(images: Tensor, mean: Any = _networks.CIFAR10[0], std: Any = _networks.CIFAR10[1]) -> Tensor:
+    return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def test_draws_the_features_of_a_checkpoint(drawing: Any, folder: Path, weights: Path) -> None:
+    files = [folder / "cat/b.jpg", folder / "cat/a.png"]
+    seen = drawing(
+        "--model", "wrn-10-1", "--checkpoint", weights, "--images", *files, "--taps", "group1", "group3.0"
+    )
+    pixels = torch.tensor(list(Image.open(files[0]).convert("RGB").tobytes()), dtype=torch.uint8)
+    torch.testing.assert_close(seen["images"][0], pixels.view(32, 32, 3).permute(2, 0, 1) / 255)
+    assert seen["images"].shape == (2, 3, 32, 32)
+    assert (seen["labels"], seen["groups"]) == (["b", "a"], ["group1", "group3.0"])
+    model = models.load_pretrained(weights)
+    with torch.no_grad(), at_fused.FeatureTaps(model, ["group1", "group3.0"]) as taps:
+        model(normalised(seen["images"]))
+        torch.testing.assert_close(seen["networks"], {"wrn-10-1": taps.features})
+
+
+def test_picks_images_of_folders_evenly(drawing: Any, folder: Path) -> None:
+    common = ("--model", "nin-thin", "--images", folder)
+    assert drawing(*common, "--count", 2)["labels"] == ["cat", "cat"]
+    assert drawing(*common)["labels"] == ["cat", "cat", "dog"]
+    assert drawing(*common, folder / "dog", "--count", 1)["labels"] == ["cat", "c"]
+
+
+def test_big_images_lose_the_border_that_evaluation_crops() -> None:
+    assert 1 - 2 * _pictures.BORDER == 224 / 256
+
+
+GROUPS, LAYERS = ["group1", "group2", "group3"], ["layer1", "layer2", "layer3", "layer4"]
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("nin-thin", {"nin-thin": ["block1", "block2", "block3"]}),
+        ("nin-thin --levels 1", {"nin-thin": ["block3"]}),
+        ("nin-thin --taps convs", {"nin-thin": ["block1.conv3", "block2.conv3", "block3.conv3"]}),
+        ("wrn-10-1 resnet-18", {"wrn-10-1": GROUPS, "resnet-18": LAYERS[1:]}),
+        ("wrn-10-1 nin-thin --taps group3 --taps block3", {"wrn-10-1": ["group3"], "nin-thin": ["block3"]}),
+        ("torchvision/resnet18", {"resnet18": ["relu", *LAYERS]}),
+        (
+            "torchvision/resnet18 --taps layer1.0.conv2 --gradient input layer4",
+            {"resnet18": ["layer1.0.conv2", "gradient at input", "gradient at layer4"]},
+        ),
+        (
+            "wrn-10-1 wrn-10-1 --titles a b --gradient",
+            {"a": ["gradient at input"], "b": ["gradient at input"]},
+        ),
+    ],
+)
+def test_taps(
+    drawing: Any, folder: Path, capsys: pytest.CaptureFixture[str], words: str, expected: dict[str, list[str]]
+) -> None:
+    seen = drawing("--model", *words.split(), "--images", folder / "cat/b.jpg")
+    counts = {name: len(found) for name, found in seen["networks"].items()}
+    assert counts == {name: len(taps) for name, taps in expected.items()}
+    told = "; ".join(f"{name}: {', '.join(taps)}" for name, taps in expected.items())
+    assert told in capsys.readouterr().out
+    first, *others = expected.values()
+    same = all(taps == first for taps in others)
+    assert seen["groups"] == (first if same else [f"level {i + 1}" for i in range(len(first))])
+
+
+def test_gradients_are_those_of_the_predicted_class(drawing: Any, folder: Path, weights: Path) -> None:
+    seen = drawing(
+        "--model", "wrn-10-1", "--checkpoint", weights, "--images", folder, "--gradient", "input", "group2"
+    )
+    model = models.load_pretrained(weights)
+    x = normalised(seen["images"])
+    targets = model(x).argmax(1)
+    expected = [at_fused.input_gradient(model, x, targets, layer=layer) for layer in (None, "group2")]
+    torch.testing.assert_close(seen["networks"]["wrn-10-1"], expected)
+
+
+def test_test_images_of_a_data_set(drawing: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prepared as the trainer does; the gradient's class is the true one, and a prediction is marked."""
+    from trainer import data
+    from trainer.config import make_config
+
+    words = ("--model", "wrn-10-1", "wrn-16-1", "--dataset", "digits", "--indices", 5, 3)
+    torch.manual_seed(0)
+    seen = drawing(*words, "--gradient", "--predictions", "--compare-to", "wrn-16-1", "--p", 1, "--overlay")
+    assert "random weights: wrn-10-1, wrn-16-1" in capsys.readouterr().err
+    test = data.load(make_config({"student": "-", "dataset": "digits"}), torch.device("cpu")).test
+    torch.testing.assert_close(
+        seen["images"], test.images[[5, 3]].permute(0, 3, 1, 2) / 255, atol=1e-6, rtol=0
+    )
+    assert seen["labels"] == [str(label) for label in test.labels[[5, 3]].tolist()]
+    assert (seen["compare_to"], seen["p"], seen["overlay"]) == ("wrn-16-1", 1.0, True)
+    torch.manual_seed(0)
+    model = models.create("wrn-10-1").eval()
+    x = (test.images[[5, 3]].permute(0, 3, 1, 2) - 77.8) / 81.1
+    torch.testing.assert_close(
+        seen["networks"]["wrn-10-1"],
+        [at_fused.input_gradient(model, x, test.labels[[5, 3]])],
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    guesses = model(x).argmax(1).tolist()
+    truths = test.labels[[5, 3]].tolist()
+    marks = ["✓" if guess == truth else "✗" for guess, truth in zip(guesses, truths, strict=True)]
+    assert seen["captions"]["wrn-10-1"] == [
+        f"{mark} {guess}" for mark, guess in zip(marks, guesses, strict=True)
+    ]
+
+
+def test_the_statistics_are_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer import data, folders
+    from trainer.config import make_config
+
+    class Empty:
+        base_folder, train_list, test_list = "cifar", [], []
+        data, targets = torch.zeros(1, 32, 32, 3).numpy(), [0]
+
+        def __init__(self, root: str, train: bool, download: bool) -> None: ...
+
+    (tmp_path / "cifar").mkdir()
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Empty)
+    cifar = data.load(make_config({"student": "-", "data-dir": tmp_path}), torch.device("cpu"))
+    for (mean, std), theirs in (
+        (_networks.CIFAR10, (cifar.mean, cifar.std)),
+        (_networks.IMAGENET, (folders.MEAN, folders.STD)),
+    ):
+        assert [255 * value for value in mean] == pytest.approx([float(m) for m in theirs[0]])
+        assert [255 * value for value in std] == pytest.approx([float(s) for s in theirs[1]])
+
+
+def test_predictions_are_named(drawing: Any, folder: Path, weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("zero\none\ntwo\nthree\nfour\n")
+    words = ("--model", "wrn-10-1", "--checkpoint", weights, "--images", folder, "--predictions")
+    seen = drawing(*words, "--classes", tmp_path / "names.txt")
+    guesses = models.load_pretrained(weights)(normalised(seen["images"])).argmax(1).tolist()
+    assert seen["captions"]["wrn-10-1"] == [
+        ["zero", "one", "two", "three", "four"][guess] for guess in guesses
+    ]
+    assert drawing(*words)["captions"]["wrn-10-1"] == [f"class {guess}" for guess in guesses]
+    assert _networks.categories(1000)[283] == "Persian cat"  # type: ignore[index]
+
+
+def test_a_torchvision_checkpoint_sets_the_number_of_classes(
+    drawing: Any, folder: Path, tmp_path: Path
+) -> None:
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=7).eval()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "c.pt")
+    words = ("--model", "torchvision/resnet18", "--checkpoint", tmp_path / "c.pt", "--images", folder)
+    seen = drawing(*words, "--taps", "layer4")
+    with at_fused.FeatureTaps(model, ["layer4"]) as taps, torch.no_grad():
+        logits = model(normalised(seen["images"], *_networks.IMAGENET))
+        torch.testing.assert_close(seen["networks"]["resnet18"], taps.features)
+    assert logits.shape == (3, 7)
+    assert seen["images"].shape == (3, 3, 224, 224)
+
+
+def test_timm_models(drawing: Any, folder: Path) -> None:
+    """Tokens after a class token, and channels last."""
+    timm = pytest.importorskip("timm")
+    name = "vit_tiny_patch16_224"
+    torch.manual_seed(0)
+    seen = drawing(
+        "--model", f"timm/{name}", "--images", folder / "cat/b.jpg", "--p", 1, 2, "--taps", "blocks.0"
+    )
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    with at_fused.FeatureTaps(model, ["blocks.0"]) as taps, torch.no_grad():
+        model(normalised(seen["images"], model.pretrained_cfg["mean"], model.pretrained_cfg["std"]))
+        tokens = taps.features[0]
+    expected = at_fused.attention_map(tokens[:, 1:], channel_dim=-1).view(1, 14, 14)
+    (found,) = seen["networks"][name]
+    torch.testing.assert_close(at_fused.attention_map(found), expected)
+
+
+def test_channels_are_found() -> None:
+    x = torch.rand(2, 5, 4, 4)
+    for layout in (
+        x,
+        x.movedim(1, -1),
+        x.flatten(2).mT,
+        torch.cat([torch.rand(2, 3, 5), x.flatten(2).mT], 1),
+    ):
+        assert _visualize_cli._is_spatial(layout)
+        assert torch.equal(_visualize_cli._channels_first(layout), x)
+    for other in (
+        torch.rand(2, 5),
+        torch.rand(2, 3, 4, 5),
+        torch.rand(2, 1, 5),
+        torch.ones(2, 3, 4, 4).long(),
+        (x,),
+    ):
+        assert not _visualize_cli._is_spatial(other)
+
+
+def test_last_of_each_size_passes_over_normalisations() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    assert _visualize_cli.last_of_each_size(model.eval(), torch.rand(1, 3, 8, 8)) == ["0", "2"]
+    with pytest.raises(ValueError, match="no spatial features"):
+        _visualize_cli.last_of_each_size(
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.rand(1, 3, 8, 8)
+        )
+
+
+def test_in_place_layers_leave_recorded_features_alone() -> None:
+    network = _networks.load("torchvision/vgg11", None)
+    assert not any(getattr(module, "inplace", False) for module in network.model.modules())
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--model wrn-10-1", "either --images or --dataset"),
+        ("WRN --dataset digits", "either --images or --dataset"),
+        ("--model resnet-19 --images FOLDER", "unknown model 'resnet-19'; close names: resnet-18"),
+        ("--model wrn-11-1 --images FOLDER", "depth 6n + 4"),
+        ("WRN --taps grop3", "no submodule named 'grop3'; close names: group3"),
+        ("WRN --gradient grop3", "no submodule named 'grop3'; close names: group3"),
+        ("WRN --taps fc", "fc puts out (3, 10), which has no image's positions"),
+        ("--model wrn-10-1 --images nowhere.png", "nowhere.png: no such file"),
+        ("--model wrn-10-1 --images FOLDER/notes.txt", "notes.txt: not an image"),
+        ("WRN --checkpoint nowhere.pt", "checkpoint nowhere.pt: no such file"),
+        ("WRN --checkpoint FOLDER/notes.txt", "notes.txt is truncated or not a checkpoint"),
+        (
+            "--model torchvision/resnet18 --images FOLDER --checkpoint WEIGHTS",
+            "does not fit resnet18: 120 missing",
+        ),
+        ("WRN --checkpoint pretrained", "no pretrained weights of wrn-10-1"),
+        ("WRN --model nin-thin wrn-10-1 wrn-16-1 --checkpoint a b", "2 checkpoints for 3 models"),
+        ("WRN --titles a b", "--titles: 1 different ones are needed"),
+        ("WRN --compare-to teacher", "'teacher' is not one of the networks: wrn-10-1"),
+        ("WRN --taps group1 --taps group2", "--taps given 2 times for 1 networks"),
+        ("WRN --colours virids", "unknown colour map 'virids'; close names: viridis"),
+        ("WRN --out x.pgn", "unknown --out ending 'pgn'; close names: png"),
+        ("WRN --out nowhere/x.png", "there is no folder nowhere"),
+        ("WRN --p 0.5", "p must be"),
+        ("WRN --mapping mean", "invalid choice: 'mean'"),
+        ("WRN --count 0", "at least 1"),
+        ("WRN --headings a", "1 group headings for 3 groups"),
+        ("WRN --classes nowhere.txt", "nowhere.txt"),
+        ("--model wrn-10-1 --dataset digits --indices 797", "index 797: digits has the test images 0 to 796"),
+        ("--model wrn-10-1 --dataset cifar10", "needs data-dir"),
+        ("--model wrn-10-1 --dataset cifar11", "cifar11"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    words: str,
+    message: str,
+    folder: Path,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = words.replace("WRN", "--model wrn-10-1 --images FOLDER")
+    words = words.replace("FOLDER", str(folder)).replace("WEIGHTS", str(weights))
+    out = [] if "--out" in words else ["--out", "x.png"]
+    assert _visualize_cli.main([*words.split(), *out]) == 2
+    *notes, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("visualize: error: ")
+    assert message in error
+    assert all("random weights" in note for note in notes)
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_the_repository_there_is_no_zoo(folder: Path, tmp_path: Path) -> None:
+    """Installed alone; somebody's own package `models` is neither used nor imported."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/__init__.py").write_text("raise SystemExit('imported')")
+    code = f"import sys; sys.path[:] = [{str(tmp_path)!r}] + [p for p in sys.path if p != {str(ROOT)!r}]\n"
+    code += "from at_fused import _networks\nassert _networks.repository('models') is None\n"
+    code += "assert _networks._zoo('wrn-16-1') == (None, [])\nprint('fine')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "fine\n", result.stderr
+
+
+def test_runs_as_a_module(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "at_fused.visualize", "--model", "wrn-10-1", "--images", folder, "--out"]
+    good = subprocess.run([*command, tmp_path / "x.svg"], cwd=ROOT, capture_output=True, text=True)
+    assert good.returncode == 0, good.stderr
+    assert "<svg" in (tmp_path / "x.svg").read_text()
+    bad = subprocess.run([*command, tmp_path / "x.txt"], cwd=ROOT, capture_output=True, text=True)
+    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
