@@ -150,10 +150,6 @@ class _MapsBackward(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    # Whether the last upstream gradient was 1, as it is when beta is among the weights. The gradients are
-    # then computed together with the loss. A wrong guess costs time and never changes a bit of the result.
-    expects_one = True
-
     @staticmethod
     def forward(
         ctx: Any, weights: list[float], options: tuple[Any, ...], backend: str, *feats: Tensor
@@ -164,12 +160,12 @@ class _Loss(torch.autograd.Function):
         student_slopes = student_slopes or any(student_needs)
         teacher_slopes = teacher_slopes or any(teacher_needs)
         ahead = (
-            _Loss.expects_one
-            and reduce
+            reduce
             and all(student_needs)
             and not any(teacher_needs)
             and _backend(backend).single_pass()
             and all(type(feat) is Tensor for feat in feats)  # tracing can't look at the upstream gradient
+            and _backend(backend).ahead(feats[:count], feats[count:], p)
         )
         options = (p, mapping, eps, reduce, student_slopes, teacher_slopes, student_grads or ahead)
         with torch._C._AutoDispatchBelowAutograd():
@@ -208,10 +204,10 @@ class _Loss(torch.autograd.Function):
             return None, None, None, *_recomputed_gradients(recompute, feats, needed, (grad,))
 
         if reduce and type(grad) is Tensor and _backend(ctx.backend).single_pass():
-            _Loss.expects_one = _backend(ctx.backend).is_one(grad)
             # Handed out once, and without a second reference, so that autograd need not copy them.
             ready, ctx.ready = ctx.ready, None
-            if ready is not None and _Loss.expects_one:
+            ready = _backend(ctx.backend).settle(ready, feats[:count], slopes[:count], grad, p)
+            if ready is not None:
                 return None, None, None, *ready, *[None] * count
 
         wanted = [i for i in range(2 * count) if needed[i]]

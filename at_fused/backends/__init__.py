@@ -17,9 +17,14 @@ A backend is a module `backends/NAME.py` with
         gradients of each pair's weighted loss at its raw maps, students' first; and, only where
         `single_pass`, the gradients at the students' features.
     single_pass() -> bool
-        Whether gradients at the features are cheapest computed together with the loss, in eager mode.
-    is_one(scale) -> bool
-        Whether an upstream gradient is 1; called only where `single_pass`.
+        Whether it can compute the gradients at the features together with the loss, as for an upstream
+        gradient of 1. The next two are called only then, and only in eager mode.
+    ahead(students, teachers, p) -> bool
+        Whether that is the cheapest way to these gradients, supposing that the upstream gradient is 1 if the
+        last one was, as it is when beta is among the weights. A wrong guess costs time, never a bit.
+    settle(grads, students, slopes, scale, p) -> list[Tensor] | None
+        Notes for the next guess whether the upstream gradient `scale` is 1, and makes the gradients that came
+        ahead, if any did, right for it. None has them computed anew.
 
 A name listed here whose file does not exist yet is simply unavailable.
 """

@@ -63,9 +63,9 @@ struct Slice {
 
   __host__ __device__ int end_of(const Feature& feat) const { return end_row < feat.rows ? end_row : feat.rows; }
 
-  // Elements of a row.
+  // Elements of a row; a slice of no positions has none, folded or not.
   __host__ __device__ int length_of(const Feature& feat) const {
-    return feat.channels_last || feat.folded() ? feat.row_length : positions;
+    return positions && (feat.channels_last || feat.folded()) ? feat.row_length : positions;
   }
 };
 

@@ -68,9 +68,9 @@ __device__ void map_channels_first(const Feature& feat, const Slice& slice, cons
     }
     __syncthreads();
     const int left = columns - begin, count = (left < tiling.width ? left : tiling.width) * N;
-    const int shift = begin * N % slice.positions;
     for (int i = threadIdx.x; i < slice.positions; i += threads) {
       float total = pass ? map[i] : 0;
+      const int shift = begin * N % slice.positions;
       const int e = i < shift ? i + slice.positions - shift : i - shift;  // the first at position i
       for (int g = 0; g < half; ++g) {
         for (int k = e; k < count; k += slice.positions) total += scratch[g * tiling.width * N + k];
