@@ -146,8 +146,8 @@ def augment(images: Tensor, chosen: Tensor, down: Tensor, right: Tensor, flip: T
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(n, H, W, C) uint8 to (n, C, H, W) fp32 in channels-last memory: (x - mean) / std per channel."""
-    return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
+    """(n, H, W, C) uint8 to (n, C, H, W) in channels-last memory: (x - mean) / std per channel."""
+    return images.to(mean.dtype).sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def train(config: Config) -> int:
     Whatever can be wrong (data, models, checkpoints, the output folder) is found, and raised as ConfigError,
     before the output folder is touched.
     """
-    with distributed.ranks(config) as ranks:
+    with distributed.ranks(config) as ranks, _default_dtype(config):
         _set_up_torch(config, ranks)
         try:
             run = Run(config, ranks)
@@ -408,6 +409,17 @@ class Run:
             f"test error: last {summary['last_test_error']:.2f} %, best {best:.2f} %; "
             f"results in {self.folder}"
         )
+
+
+@contextmanager
+def _default_dtype(config: Config) -> Iterator[None]:
+    """What models and images are made in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if config.precision == "fp64" else torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _set_up_torch(config: Config, ranks: Ranks) -> None:

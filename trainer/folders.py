@@ -134,7 +134,7 @@ class FileSet:
             self._faults.report(faults, files)
             if len(labels):
                 images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
-                yield images.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2), labels
+                yield data.normalise(images, self.mean, self.std), labels
 
 
 class Faults:

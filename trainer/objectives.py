@@ -82,7 +82,7 @@ class Objective:
             images = images.detach().requires_grad_()
         logits, features = forward(images)
 
-        ce = F.cross_entropy(logits.float(), targets)
+        ce = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
         zero = torch.zeros_like(ce)
         at = kd = zero
         if compares:
