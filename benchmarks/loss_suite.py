@@ -74,15 +74,14 @@ def _measure(
         if provider.name not in times:
             continue
         mine = times[provider.name]
-        one_pass = provider.one_pass(cell)
-        moved = cell.bytes_moved(mode, one_pass)
+        moved = cell.bytes_moved(mode, subject.one_pass)
         rows.append(
             cell.describe()
             | {
                 "mode": mode,
                 "timing": kind,
                 "provider": provider.name,
-                "one_pass": one_pass,
+                "one_pass": subject.one_pass,
                 "median_ms": mine.median * 1e3,
                 "p20_ms": mine.percentile(20) * 1e3,
                 "p80_ms": mine.percentile(80) * 1e3,

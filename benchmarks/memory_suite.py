@@ -20,7 +20,7 @@ def measure_cell(cell: Cell, providers: Sequence[Provider], device: torch.device
         cell.describe()
         | {
             "provider": subject.provider.name,
-            "one_pass": subject.provider.one_pass(cell),
+            "one_pass": subject.one_pass,
             "peak_extra_bytes": subject.counted(counters.peak_extra_bytes),
         }
         for subject in subjects(cell, providers, device)

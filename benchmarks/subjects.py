@@ -27,6 +27,7 @@ class Subject:
         self.students, self.teachers = students, teachers
         self.loss = provider.make(cell) if loss is None else loss
         self.value: Tensor | None = None
+        self.one_pass = provider.one_pass(cell, students, teachers)
         # Made beforehand: in training it comes from the sum with the other losses.
         with torch.no_grad():
             self.upstream = torch.full_like(self.loss(students, teachers), provider.upstream(cell))

@@ -10,7 +10,7 @@ import torch
 
 import at_fused
 import models
-from at_fused import _ops, backends
+from at_fused import backends
 from benchmarks import (
     counters,
     loss_tables,
@@ -172,44 +172,56 @@ def test_wrong_values_are_not_timed(wrong) -> None:
         check_agreement([right, Subject(providers.Provider("wrong", wrong), cell, *features)])
 
 
-def test_autocast_runs_the_authors_form() -> None:
+def test_autocast_runs_the_authors_form(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = pick("cifar-nchw-bf16")
     provider = providers.Provider("authors-autocast", providers.under_autocast)
     assert provider.fits(cell)
     assert not provider.fits(pick("cifar-nchw-fp32"))
     check_agreement([Subject(provider, cell, *cell.make(CPU))])
 
+    active: list[torch.dtype | None] = []
+
+    def authors(*features: object) -> torch.Tensor:
+        active.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return torch.zeros(())
+
+    monkeypatch.setattr(providers, "authors", authors)
+    provider.make(cell)(*cell.make(CPU))
+    assert active == [torch.bfloat16]
+
 
 @needs_cpu_backend
 def test_each_form_runs_the_way_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass: gradients come with the loss. Two passes: a backward kernel, whoever ran before."""
-    backwards = 0
     backend = backends.modules["cpu"]
-    kernel = backend.attention_maps_backward
+    calls: list[str] = []
 
-    def counting(*arguments: object) -> object:
-        nonlocal backwards
-        backwards += 1
-        return kernel(*arguments)
+    def record(name: str) -> None:
+        kernel = getattr(backend, name)
 
-    monkeypatch.setattr(backend, "attention_maps_backward", counting)
-    for dtype, name, expected in [
-        ("fp32", "ours-cpu", 0),
-        ("fp32", "ours-cpu-two-pass", 1),
-        ("fp16", "ours-cpu", 1),
+        def recording(*arguments: object) -> object:
+            calls.append(name)
+            return kernel(*arguments)
+
+        monkeypatch.setattr(backend, name, recording)
+
+    record("attention_loss")
+    record("attention_maps_backward")
+    for dtype, provider, one_pass in [
+        ("fp32", "ours-cpu", True),
+        ("fp32", "ours-cpu-two-pass", False),
+        ("fp16", "ours-cpu", False),
     ]:
         cell = pick(f"cifar-nchw-{dtype}", dtypes=["fp32", "fp16"])
-        subject = Subject(PROVIDERS[name], cell, *cell.make(CPU))
-        assert subject.provider.one_pass(cell) == (expected == 0)
+        subject = Subject(PROVIDERS[provider], cell, *cell.make(CPU))
+        assert subject.one_pass == one_pass
         for before in (1.0, 2.0):
             student = torch.ones(1, 1, 2, 2, requires_grad=True)
             (before * at_fused.attention_loss(student, torch.ones(1, 1, 2, 2))).backward()
             subject.prepare()
-            backwards = 0
-            subject.forward()
-            ready = _ops._Loss.expects_one
-            subject.backward()
-            assert (backwards, ready) == (expected, expected == 0)
+            calls.clear()
+            subject.both()
+            assert calls == ["attention_loss", "attention_maps_backward"][: 1 if one_pass else 2]
 
 
 @needs_cpu_backend
@@ -314,7 +326,9 @@ def test_modes_time_their_part_only(mode: str) -> None:
     subject = Subject(providers.Provider("recorded", recorded), cell, *cell.make(CPU))
     contender = subject.contender(mode)
     for _ in range(2):
+        calls.clear()
         contender.prepare()
+        assert calls == (["forward"] if mode == "backward" else [])
         calls.clear()
         contender.run()
         assert calls == {"both": ["forward", "backward"]}.get(mode, [mode])
