@@ -111,7 +111,7 @@ class Answers:
 def write_results(folder: Path, runs: Sequence[Run], seconds: float) -> Table:
     """Write curves.png, attention_maps.png and report.md into `folder`; returns the table to print."""
     groups = by_recipe(runs)
-    sets = {recipe: data.load(make_config(group[0].config), CPU) for recipe, group in groups.items()}
+    sets = {recipe: data.load_whole(make_config(group[0].config), CPU) for recipe, group in groups.items()}
     dataset = sets["teacher"]  # all have the same test images
     found = {run: answers(run, dataset) for run in runs}
     teacher = found[groups["teacher"][0]]

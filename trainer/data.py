@@ -86,6 +86,11 @@ def load(config: Config, device: torch.device) -> ImageSet | FileSet:
         from trainer import folders  # torchvision takes seconds to import: only those who ask for it pay
 
         return folders.load(config, device)
+    return load_whole(config, device)
+
+
+def load_whole(config: Config, device: torch.device) -> ImageSet:
+    """As `load`, of a set that is held in memory."""
     train, test, classes, mean, std = _load_digits() if config.dataset == "digits" else _load_cifar(config)
     check_limits(config, len(train), len(test))
     pad, flip = {"digits": (2, False)}.get(config.dataset, (4, True))
