@@ -1,9 +1,26 @@
 """Every test starts from the same random state and one thread, whatever the test before it did."""
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime.interpreter import InterpretedFunction
+
+    call = InterpretedFunction.__call__
+    ready: set[str] = set()
+
+    def call_quickly(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
+        """Triton readies the language at each call of a function, which takes milliseconds: once will do."""
+        if self.fn.__module__ in ready:
+            return self.rewrite()(*args, **kwargs)
+        ready.add(self.fn.__module__)
+        return call(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call_quickly
 
 
 @pytest.fixture(autouse=True)

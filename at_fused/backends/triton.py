@@ -1,0 +1,266 @@
+"""The Triton kernels of _triton_kernels.py: all pairs in two launches forward and one backward.
+
+Under TRITON_INTERPRET=1 they run in Triton's interpreter, on CPU tensors: slow, for tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import math
+import os
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._outputs import empty_loss_outputs, empty_map
+
+if TYPE_CHECKING:
+    from ._triton_kernels import Kind
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_interpreter = threading.Lock()  # it keeps the running program's number in a global
+
+
+def unavailable() -> str | None:
+    """Looks for Triton without importing it, and for GPUs without starting CUDA, which would forbid forks."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not _INTERPRETED and torch.cuda.device_count() == 0:
+        return "there is no GPU (TRITON_INTERPRET=1 would run it on the CPU, slowly)"
+    return None
+
+
+def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:
+    served = "cpu" if _INTERPRETED else "cuda"
+    for feat in feats:
+        if feat.device.type != served:
+            return f"it serves {served} tensors, not {feat.device.type}"
+    return None
+
+
+def attention_maps(feats: Sequence[Tensor], p: float, mapping: str) -> list[Tensor]:
+    maps = [empty_map(feat) for feat in feats]
+    _launch_maps(feats, maps, None, p, mapping)
+    return maps
+
+
+def attention_maps_backward(
+    feats: Sequence[Tensor], grad_maps: Sequence[Tensor], scale: Tensor | None, p: float, mapping: str
+) -> list[Tensor]:
+    grads = [torch.empty_like(feat) for feat in feats]
+    layouts = [
+        _layout(feat.dtype, mapping, feat.shape, feat.stride(), grad_map.stride(), grad.stride())
+        for feat, grad_map, grad in zip(feats, grad_maps, grads, strict=True)
+    ]
+    _launch(
+        "gradients_kernel",
+        grads[0],
+        sum(layout.grid[0] for layout in layouts),
+        tuple((feat, *layout.feat) for feat, layout in zip(feats, layouts, strict=True)),
+        tuple((grad_map, *layout.map) for grad_map, layout in zip(grad_maps, layouts, strict=True)),
+        tuple((grad, *layout.grad) for grad, layout in zip(grads, layouts, strict=True)),
+        tuple(layout.grid for layout in layouts),
+        scale,
+        0 if scale is None or scale.numel() == 1 else scale.stride(0),
+        **_mapping(p, mapping),
+        KINDS=tuple(layout.kind for layout in layouts),
+    )
+    return grads
+
+
+def attention_loss(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Sequence[float],
+    p: float,
+    mapping: str,
+    eps: float,
+    reduce: bool,
+    student_slopes: bool,
+    teacher_slopes: bool,
+    student_grads: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    loss, slopes, grads = empty_loss_outputs(
+        students, teachers, reduce, student_slopes, teacher_slopes, student_grads
+    )
+    samples = [student.shape[0] for student in students]
+    if sum(samples) == 0:
+        return loss.zero_(), slopes, grads
+
+    # The maps' gradients take the place of the maps.
+    given = iter(slopes)
+    student_maps = [next(given) if student_slopes else empty_map(student) for student in students]
+    teacher_maps = [next(given) if teacher_slopes else empty_map(teacher) for teacher in teachers]
+    counter = torch.empty(1, dtype=torch.int32, device=loss.device)
+    distances = torch.empty(sum(samples), dtype=torch.float64, device=loss.device)
+    _launch_maps([*students, *teachers], [*student_maps, *teacher_maps], counter, p, mapping)
+    elements = [max(attention.numel(), 1) for attention in student_maps]
+    _launch(
+        "loss_kernel",
+        loss,
+        sum(samples),
+        tuple(student_maps),
+        tuple(teacher_maps),
+        tuple(
+            (count, math.prod(student.shape[2:])) for count, student in zip(samples, students, strict=True)
+        ),
+        tuple(_parts(weight / count) for weight, count in zip(weights, elements, strict=True)),
+        _parts(eps),
+        distances,
+        counter,
+        loss,
+        REDUCE=reduce,
+        STUDENT_SLOPES=student_slopes,
+        TEACHER_SLOPES=teacher_slopes,
+    )
+    if student_grads:
+        grads = attention_maps_backward(students, slopes[: len(students)], None, p, mapping)
+    return loss, slopes, grads
+
+
+def single_pass() -> bool:
+    """A sample does not stay on chip between the loss and its gradient: nothing is gained."""
+    return False
+
+
+def _launch_maps(
+    feats: Sequence[Tensor], maps: Sequence[Tensor], counter: Tensor | None, p: float, mapping: str
+) -> None:
+    layouts = [
+        _layout(feat.dtype, mapping, feat.shape, feat.stride(), attention.stride())
+        for feat, attention in zip(feats, maps, strict=True)
+    ]
+    _launch(
+        "maps_kernel",
+        maps[0],
+        sum(layout.grid[0] for layout in layouts) or int(counter is not None),
+        tuple((feat, *layout.feat) for feat, layout in zip(feats, layouts, strict=True)),
+        tuple((attention, *layout.map) for attention, layout in zip(maps, layouts, strict=True)),
+        tuple(layout.grid for layout in layouts),
+        counter,
+        **_mapping(p, mapping),
+        KINDS=tuple(layout.kind for layout in layouts),
+    )
+
+
+def _launch(kernel: str, at: Tensor, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Runs `programs` programs of a kernel on the device and the current stream of `at`."""
+    if programs == 0:
+        return
+    from . import _triton_kernels  # imports Triton: only where it is used
+
+    with _interpreter if _INTERPRETED else torch.cuda.device(at.device):
+        getattr(_triton_kernels, kernel)[(programs,)](*arguments, **constants, **_OPTIONS)
+
+
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def _mapping(p: float, mapping: str) -> dict[str, Any]:
+    return {"WHOLE": int(p), "FRACTION": p - int(p), "MAX": mapping == "max"}
+
+
+def _parts(value: float) -> tuple[float, float, float]:
+    """Three fp32 numbers whose sum is `value`: Triton passes a float as fp32."""
+    high = ctypes.c_float(value).value
+    if math.isinf(high):
+        return high, 0.0, 0.0
+    middle = ctypes.c_float(value - high).value
+    return high, middle, value - high - middle
+
+
+# --- layouts ----------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """How the kernels walk a feature; the first four are arguments of theirs."""
+
+    grid: tuple[int, int, int, tuple[int, ...]]  # programs, channels, positions, inner sizes
+    feat: tuple[int, int, tuple[int, ...]]  # strides of batch, channels, space
+    map: tuple[int, tuple[int, ...]]  # strides of batch, space
+    grad: tuple[int, int, tuple[int, ...]]  # as feat
+    kind: Kind
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(
+    dtype: torch.dtype,
+    mapping: str,
+    shape: tuple[int, ...],
+    feat_strides: tuple[int, ...],
+    map_strides: tuple[int, ...],
+    grad_strides: tuple[int, ...] | None = None,
+) -> Layout:
+    """Layout of a feature (B, C, *spatial), its map (B, *spatial) and, if given, its gradient.
+
+    Spatial dimensions are walked in the order of the feature's memory, and neighbours merged where the
+    strides of all three allow it: the space of dense tensors has one dimension.
+    """
+    from ._triton_kernels import Kind
+
+    batch, channels = shape[:2]
+    grad_strides = grad_strides or feat_strides
+    dims: list[tuple[int, ...]] = []  # size, strides in the feature, the map and the gradient
+    space = zip(shape[2:], feat_strides[2:], map_strides[1:], grad_strides[2:], strict=True)
+    for size, *strides in sorted(space, key=lambda dim: -dim[1]):
+        if size == 1:
+            continue
+        if dims and all(outer == size * inner for outer, inner in zip(dims[-1][1:], strides, strict=True)):
+            size *= dims.pop()[0]
+        dims.append((size, *strides))
+    sizes, feat_space, map_space, grad_space = zip(*(dims or [(1, 0, 0, 0)]), strict=True)
+    positions = math.prod(sizes)
+
+    # A dimension of size 1 may have any stride: 0 is a multiple of every vector.
+    feat_batch, map_batch, grad_batch = (
+        strides[0] if batch > 1 else 0 for strides in (feat_strides, map_strides, grad_strides)
+    )
+    feat_channel, grad_channel = (
+        strides[1] if channels > 1 else 0 for strides in (feat_strides, grad_strides)
+    )
+
+    # Vectors of channels (NHWC) or of positions (NCHW), such that every row starts at a multiple of theirs.
+    position_vector = channel_vector = 1
+    if feat_channel == grad_channel == 1:
+        channel_vector = math.gcd(_VECTOR, channels, feat_batch, grad_batch, *feat_space, *grad_space)
+    elif feat_space == grad_space == (1,):
+        position_vector = math.gcd(_VECTOR, positions, feat_batch, grad_batch, feat_channel, grad_channel)
+
+    last = [
+        sum((size - 1) * stride for size, stride in zip((channels, *sizes), strides, strict=True))
+        for strides in ((feat_channel, *feat_space), (0, *map_space), (grad_channel, *grad_space))
+    ]
+    block_c, block_p = _tile(channels, positions, dtype, position_vector, channel_vector, mapping)
+    return Layout(
+        (batch * -(-positions // block_p), channels, positions, sizes[1:]),
+        (feat_batch, feat_channel, feat_space),
+        (map_batch, map_space),
+        (grad_batch, grad_channel, grad_space),
+        Kind(position_vector, channel_vector, int(max(*last, positions) >= 2**31), block_c, block_p),
+    )
+
+
+_VECTOR = 16  # elements: 16 bytes of the narrowest dtype, and to spare
+
+
+def _tile(
+    channels: int, positions: int, dtype: torch.dtype, position_vector: int, channel_vector: int, mapping: str
+) -> tuple[int, int]:
+    """Channels and positions of a tile: what 128 threads hold in registers, in rows of 128 bytes or more."""
+    if dtype == torch.float64:
+        elements = 1024
+    else:  # addresses of single elements and the strongest channels take registers too
+        elements = 4096 if mapping == "sum" and max(position_vector, channel_vector) >= 4 else 2048
+    block_c = _block(channels, elements // _block(positions, 128 if position_vector > 1 else 64))
+    block_p = _block(positions, elements // block_c)
+    return block_c, block_p
+
+
+def _block(size: int, most: int) -> int:
+    """A power of two from 16 to `most`, no greater than it need be for `size`."""
+    return min(max(1 << (size - 1).bit_length(), 16), most)
