@@ -2,19 +2,25 @@
 
 The libraries register their operators with torch through its stable ABI and are loaded with
 `torch.ops.load_library`: no Python module, no libpython, so one binary serves every Python and torch >= 2.10.
-Without torch or a compiler the install succeeds as pure Python and one line says what is missing.
+Without torch or a compiler the install succeeds as pure Python and one line says what is missing; the CUDA
+kernels are built where torch was built for CUDA and there is nvcc.
 
 AT_FUSED_NO_EXTENSION=1       do not build
 AT_FUSED_REQUIRE_EXTENSION=1  fail where the build is impossible or breaks
+AT_FUSED_CUDA=0, 1            never build the CUDA kernels; build them for a torch without CUDA, too
 AT_FUSED_SANITIZE=address,undefined   build with these sanitizers, into the wheel only (make sanitize)
+TORCH_CUDA_ARCH_LIST=list     GPU architectures, as torch's own extensions take them: "8.0;9.0a;10.0+PTX"
 MAX_JOBS=n                    parallel compilations
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 import setuptools
 from setuptools import Extension, setup
@@ -33,10 +39,10 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # expose only what tor
 
 
 def libraries() -> list[Extension]:
-    """One entry per library; a CUDA one (`at_fused._cuda`, csrc/cuda) joins here, to be built with nvcc."""
+    """One entry per library: the CPU kernels and the CUDA kernels."""
     os.chdir(ROOT)  # setuptools wants sources relative to setup.py
-    sources = sorted(glob("csrc/cpu/*.cpp"))
-    return [Extension("at_fused._cpu", sources, language="c++")] if sources else []
+    sources = {name: sorted(glob(f"csrc/{name}/*.c*[pu]")) for name in ("cpu", "cuda")}  # .cpp and .cu
+    return [Extension(f"at_fused._{name}", files, language="c++") for name, files in sources.items() if files]
 
 
 def is_set(variable: str) -> bool:
@@ -57,6 +63,30 @@ def what_is_missing() -> str | None:
     return None
 
 
+def wants_cuda() -> bool:
+    import torch
+
+    return is_set("AT_FUSED_CUDA") if "AT_FUSED_CUDA" in os.environ else torch.version.cuda is not None
+
+
+def cuda_toolkit() -> Path | None:
+    """The folder of a CUDA toolkit with nvcc and headers."""
+    nvcc = shutil.which("nvcc")  # may be a script that leads to the real one
+    on_path = Path(nvcc).resolve().parents[1] if nvcc else ""
+    for place in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), on_path, "/usr/local/cuda"):
+        if place and Path(place, "bin/nvcc").exists() and Path(place, "include/cuda_runtime.h").exists():
+            return Path(place)
+    return None
+
+
+def default_architectures(toolkit: Path) -> str:
+    """Ampere (and Ada), Hopper, Blackwell, and code that later GPUs compile for themselves."""
+    version = subprocess.run([toolkit / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", version)
+    knows_blackwell = found is not None and (int(found[1]), int(found[2])) >= (12, 8)
+    return "8.0;9.0a;10.0+PTX" if knows_blackwell else "8.0;9.0+PTX"
+
+
 class BuildLibraries(build_ext):
     """Builds with torch's BuildExtension (ninja), or leaves a pure-Python package: decided at build time."""
 
@@ -71,27 +101,51 @@ class BuildLibraries(build_ext):
             if required:
                 raise SystemExit(f"at_fused: {missing}")
             return self.leave_out(f"{missing}, then: pip install --no-build-isolation .")
-        try:
-            self.compile()
-        except Exception as error:
-            if required:
-                raise
-            for library in self.extensions:  # an older one must not answer for newer sources
+        for library in list(self.extensions):
+            if library.name == "at_fused._cuda" and not self.can_build_cuda(library):
+                continue
+            try:
+                self.compile(library)
+            except Exception as error:
+                if required:
+                    raise
+                # An older one must not answer for newer sources.
                 (ROOT / self.get_ext_filename(library.name)).unlink(missing_ok=True)
-            self.leave_out(
-                f"csrc does not compile ({(str(error) or repr(error)).splitlines()[0]}); to see why: "
-                "AT_FUSED_REQUIRE_EXTENSION=1 pip install -v --no-build-isolation ."
-            )
+                self.leave_out(
+                    f"{Path(library.sources[0]).parent} does not compile "
+                    f"({(str(error) or repr(error)).splitlines()[0]}); to see why: "
+                    "AT_FUSED_REQUIRE_EXTENSION=1 pip install -v --no-build-isolation .",
+                    library,
+                )
 
-    def leave_out(self, reason: str) -> None:
-        """Turns what is being built into a pure-Python package."""
-        print(f"at_fused: installing without the CPU kernel: {reason}", file=sys.stderr, flush=True)
-        for library in self.extensions:
-            self.built(library).unlink(missing_ok=True)  # left in build/ by an earlier build
-        self.extensions = self.distribution.ext_modules = []
+    def can_build_cuda(self, library: Extension) -> bool:
+        """Whether the CUDA library can be built and is wanted; forgets it otherwise."""
+        if wants_cuda() and not is_set("AT_FUSED_SANITIZE"):
+            if cuda_toolkit():
+                return True
+            if is_set("AT_FUSED_CUDA"):
+                raise SystemExit(
+                    "at_fused: AT_FUSED_CUDA is set and there is no nvcc: install a CUDA toolkit"
+                )
+            print("at_fused: no nvcc: GPUs are served by Triton alone", file=sys.stderr, flush=True)
+        self.forget(library)
+        return False
 
-    def compile(self) -> None:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    def leave_out(self, reason: str, library: Extension | None = None) -> None:
+        """Leaves a library out of the package, or all of them."""
+        names = {"at_fused._cpu": "CPU", "at_fused._cuda": "CUDA"}
+        kernels = names[library.name] if library else "compiled"
+        print(f"at_fused: installing without {kernels} kernels: {reason}", file=sys.stderr, flush=True)
+        for left_out in [library] if library else list(self.extensions):
+            self.forget(left_out)
+
+    def forget(self, library: Extension) -> None:
+        self.built(library).unlink(missing_ok=True)  # left in build/ by an earlier build
+        self.extensions = [other for other in self.extensions if other is not library]
+        self.distribution.ext_modules = self.extensions
+
+    def compile(self, library: Extension) -> None:
+        from torch.utils import cpp_extension
 
         sanitizers = os.environ.get("AT_FUSED_SANITIZE", "")
         flags = ["-fno-math-errno", "-fvisibility=hidden", STABLE_ABI]
@@ -100,30 +154,43 @@ class BuildLibraries(build_ext):
             flags += ["-fno-sanitize-recover=all"]
         else:
             flags += ["-O3", "-g0"]
+        options: dict[str, Any] = {"include_dirs": ["csrc"]}
+        options["extra_link_args"] = [f"-fsanitize={sanitizers}"] if sanitizers else []
+        if library.name == "at_fused._cuda":
+            toolkit = cuda_toolkit()
+            cpp_extension.CUDA_HOME = str(toolkit)  # a torch without CUDA looks for none
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(toolkit))
+            options["include_dirs"].append(str(toolkit / "include"))
+            # The runtime is linked in and not exported: one binary serves the torch of any CUDA release.
+            options["library_dirs"] = [str(toolkit / folder) for folder in ("lib64", "lib")]
+            options["libraries"] = ["cudart_static", "dl", "rt", "pthread"]
+            # libtorch.so, of which nothing is used, leads the loader to libtorch_cuda.so.
+            options["extra_link_args"] += ["-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed", "-ltorch"]
         self.distribution.ext_modules = [
-            CppExtension(
+            cpp_extension.CppExtension(
                 library.name,
                 library.sources,
-                include_dirs=["csrc"],
-                extra_compile_args={"cxx": flags},
-                extra_link_args=[f"-fsanitize={sanitizers}"] if sanitizers else [],
+                extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden"]},
                 py_limited_api=True,  # leaves libtorch_python out of the link
+                **options,
             )
-            for library in self.extensions
         ]
-        builder = BuildExtension(self.distribution)
+        builder = cpp_extension.BuildExtension(self.distribution)
         builder.get_ext_filename = self.get_ext_filename
         builder.build_lib = self.build_lib
-        builder.build_temp = os.path.join("build", sanitizers.replace(",", "-") or "release")
+        builder.build_temp = os.path.join("build", sanitizers.replace(",", "-") or "release", library.name)
         builder.ensure_finalized()
-        builder.run()
+        try:
+            builder.run()
+        finally:
+            self.distribution.ext_modules = self.extensions
         if sanitizers:
             return  # loads only into a process that preloads the sanitizers
-        for library in self.extensions:  # a clone's root imports the source package, which needs it as well
-            beside_the_source = ROOT / self.get_ext_filename(library.name)
-            fresh = beside_the_source.with_suffix(f".{os.getpid()}")
-            shutil.copy2(self.built(library), fresh)
-            fresh.replace(beside_the_source)  # in one step: running processes keep what they mapped
+        # A clone's root imports the source package, which needs it as well.
+        beside_the_source = ROOT / self.get_ext_filename(library.name)
+        fresh = beside_the_source.with_suffix(f".{os.getpid()}")
+        shutil.copy2(self.built(library), fresh)
+        fresh.replace(beside_the_source)  # in one step: running processes keep what they mapped
 
     def built(self, library: Extension) -> Path:
         return Path(self.build_lib, self.get_ext_filename(library.name))

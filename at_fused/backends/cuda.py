@@ -73,7 +73,7 @@ def rows_are_contiguous(feat: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 @cache
 def _limits(device: int) -> tuple[str, int]:
-    """Why the library can't run on the device, or "", and the positions of the largest map that fits there."""
+    """Why the library can't run on the device, or "", and the positions of its largest map."""
     problem = torch.ops.at_fused_cuda.problem_with(device)
     return problem, 0 if problem else torch.ops.at_fused_cuda.largest_map(device)
 
@@ -158,7 +158,7 @@ _last_was_one: Tensor | None = None
 
 
 def _note() -> Tensor | None:
-    """An int32 in pinned memory, where backward leaves whether the upstream gradient was 1, sooner or later."""
+    """An int32 in pinned memory, where backward leaves whether the upstream gradient was 1."""
     global _last_was_one
     if _last_was_one is None and not torch.cuda.is_current_stream_capturing():  # which forbids allocating it
         _last_was_one = torch.ones(1, dtype=torch.int32).pin_memory()
