@@ -471,6 +471,7 @@ def test_goals_take_the_worst_cell_of_the_best_backend() -> None:
         row("one", "ours-a", 1.5, peak_extra_bytes=1),
         row("one", "authors", 9.0, peak_extra_bytes=500),
         row("small", "ours-a", 0.020, **graph, workload="cifar"),
+        row("two", "ours-a", 0.010, **graph, workload="cifar"),
         row("small", "ours-a", 0.120, workload="cifar"),
         {"step": "AT, ours", "cost_percent": 0.7},
     ]

@@ -102,6 +102,11 @@ def test_graphs_and_calls_are_timed_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake_cuda")
+def test_events_give_seconds() -> None:
+    assert 0.01 <= timing.stopwatch(torch.device("cuda"))(lambda: time.sleep(0.01)) < 5
+
+
+@pytest.mark.usefixtures("fake_cuda")
 def test_what_cannot_be_captured_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def refuse(graph: object, stream: object) -> object:
         raise RuntimeError("operation not permitted")
