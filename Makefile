@@ -8,6 +8,7 @@ TORCHVISION ?= torchvision==0.28.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.at_fused-ready# made by a complete, ordinary install only: anything less is tried again
+PARALLEL := -q -n auto --dist loadfile --benchmark-disable# a file's tests share what it trains
 CODE := at_fused models trainer train.py benchmarks examples
 INPUTS := pyproject.toml setup.py at_fused/__init__.py $(shell find csrc -type f 2>/dev/null)
 
@@ -38,7 +39,7 @@ $(READY): $(INPUTS) | $(BIN)/python
 
 test: setup ## run every test
 	@echo "[test] pytest"
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 demo: setup ## train a teacher, a student and a student with attention transfer on digits
 	@$(BIN)/python examples/demo.py
@@ -75,9 +76,13 @@ sanitize: setup ## run the library's tests on a build with AddressSanitizer and 
 	@echo "[sanitize] pytest"
 	@PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/pytest -q tests/test_attention_map.py tests/test_attention_loss.py
+	@echo "[sanitize] CUDA kernels on the CPU"
+	@$$($(BIN)/python tests/simt/build.py attention_driver address,undefined)
+	@$$($(BIN)/python tests/simt/build.py attention_driver thread)
 
 soak: setup ## the property and stress tests at length: about half an hour
-	@AT_FUSED_EXAMPLES=20000 AT_FUSED_SOAK=10 $(BIN)/python -m pytest -q tests/test_properties.py tests/test_stress.py
+	@AT_FUSED_EXAMPLES=20000 AT_FUSED_SOAK=10 $(BIN)/python -m pytest -q tests/test_properties.py \
+		tests/test_stress.py tests/test_kills.py
 
 clean: ## remove what was built (keeps .venv and runs)
 	@rm -rf build dist *.egg-info at_fused/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis $(READY)
