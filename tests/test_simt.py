@@ -6,12 +6,23 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
+import cases
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from cases import check_loss, feature
+from hypothesis import given, settings
+from simt import backend
 from simt.build import build, rewritten
+from torch import Tensor
+
+import at_fused
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,21 +32,17 @@ pytestmark = [
 SEEDS = [0, 1, 2]  # the order of blocks and threads: by index, and two random ones
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, build(name))
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 # --- the layer --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def layer() -> ModuleType:
-    return load("simt_layer")
+    spec = importlib.util.spec_from_file_location("simt_layer", build("simt_layer"))
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(params=SEEDS)
@@ -123,6 +130,176 @@ def test_shared_memory_is_rewritten() -> None:
         "auto* all = static_cast<unsigned char*>(simt::dynamic_shared());\n"
         "auto& room = simt::shared<Room<2>[4][N]>([] {});"
     )
+
+
+# --- the kernels: csrc/cuda and at_fused/backends/cuda.py ---------------------------------------------
+
+HALVES = [torch.bfloat16, torch.float16]
+LAYOUTS = [Tensor.contiguous, cases.channels_last, cases.misaligned]
+
+
+@pytest.fixture(scope="module")
+def cuda() -> Iterator[None]:
+    if torch.cuda.is_available():
+        pytest.skip("the suite runs on the device itself")
+    with backend.installed():
+        yield
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=cases.name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=cases.name_of)
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, 4])
+def test_powers_dtypes_and_layouts(p: float, dtype: torch.dtype, layout) -> None:
+    """On 49 positions, which are no multiple of a vector, and on 64."""
+    for size in (7, 8):
+        s = feature(2, 16, size, size, seed=1, dtype=dtype, layout=layout)
+        t = feature(2, 23, size, size, seed=2, dtype=dtype, layout=layout)
+        check_loss([s], [t], p, backend="cuda", upstream=1024.0)
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor]]:
+    batch, s_feats, t_feats = draw(st.integers(0, 4)), [], []
+    for _ in range(draw(st.integers(1, 4))):
+        space = draw(st.sampled_from([(1,), (7, 7), (49,), (5, 3), (2, 2, 2), (1, 61), (16, 16), (31, 1)]))
+        for feats in (s_feats, t_feats):
+            feats.append(
+                feature(
+                    batch,
+                    draw(st.one_of(st.integers(1, 70), st.sampled_from([8, 64, 128]))),
+                    *space,
+                    seed=draw(st.integers(0, 99)),
+                    dtype=draw(st.sampled_from([torch.float32, *HALVES])),
+                    layout=draw(st.sampled_from(LAYOUTS)),
+                )
+            )
+    return s_feats, t_feats
+
+
+@pytest.mark.usefixtures("cuda")
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@given(
+    pairs(),
+    st.sampled_from([1, 2, 4, 2.5]),
+    st.sampled_from([8 << 10, 32 << 10, 228 << 10]),
+    st.sampled_from(["sum", "none"]),
+    st.booleans(),
+    st.integers(1, 1000),
+)
+def test_pairs_of_every_kind(
+    feats: tuple[list[Tensor], list[Tensor]], p: float, shared: int, reduction: str, streams: bool, seed: int
+) -> None:
+    """Sizes, dtypes and layouts differ among pairs and within; so do the blocks that share a sample."""
+    backend.set_device(shared_per_multiprocessor=shared, l2=0 if streams else 1 << 30)
+    backend.set_order(seed)
+    weights = [1.0, -0.5, 0.0, 3.0][: len(feats[0])]
+    check_loss(*feats, p, backend="cuda", weights=weights, reduction=reduction, upstream=4096.0)
+
+
+@pytest.fixture
+def stream(cuda: None) -> Iterator[None]:
+    yield
+    backend.set_device()
+
+
+def one_pass_gradients(
+    s_feats: list[Tensor], t_feats: list[Tensor], p: float, upstream: float, weights: list[float]
+) -> tuple[Tensor, ...]:
+    at_fused.backends.cuda._last_was_one.fill_(1)
+    assert torch.ops.at_fused_cuda.one_pass_pays(s_feats, t_feats, p)
+    teachers = [t.detach() for t in t_feats]
+    loss = at_fused.attention_loss(s_feats, teachers, p, weights=weights, backend="cuda")
+    return torch.autograd.grad(loss * upstream, s_feats)
+
+
+@pytest.mark.usefixtures("stream")
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=cases.name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name_of)
+@pytest.mark.parametrize("team", [1, 2, 4, 8])
+def test_one_pass_has_the_bits_of_two(team: int, dtype: torch.dtype, layout) -> None:
+    """A sample held by one block or a cluster of 2 to 8; the two-pass form is checked against the truth."""
+    s = feature(3, 48, 16, 20, seed=1, dtype=dtype, layout=layout)
+    t = feature(3, 40, 16, 20, seed=2, dtype=dtype, layout=layout)
+    weights = [1024.0]
+    for kibibytes in (228, 112, 88, 72, 56, 48, 40, 32, 28, 24, 20, 16):
+        backend.set_device(multiprocessors=1, shared_per_multiprocessor=kibibytes << 10, l2=0)
+        at_fused.attention_loss(s.detach(), t.detach(), backend="cuda")
+        if torch.ops.at_fused_cuda.one_pass_pays([s], [t], 2.0) and backend.last_cluster() == team:
+            break
+    else:
+        pytest.fail(f"no device makes {team} blocks share a sample")
+    for p in (1, 2, 4):
+        expected = check_loss([s], [t], p, backend="cuda", weights=weights)[0]
+        assert torch.equal(one_pass_gradients([s], [t], p, 1.0, weights)[0], expected)
+        # a wrong guess costs time, no bit
+        expected = check_loss([s], [t], p, backend="cuda", weights=weights, upstream=-3.0)[0]
+        assert torch.equal(one_pass_gradients([s], [t], p, -3.0, weights)[0], expected)
+
+
+@pytest.mark.usefixtures("stream")
+def test_a_cluster_of_several_samples() -> None:
+    """Small samples and idle blocks fill the clusters that a large sample needs."""
+    backend.set_device(shared_per_multiprocessor=36 << 10, l2=0)
+    sizes = [(24, 16, 20), (8, 7, 7), (8, 4, 4)]
+    s_feats = [feature(3, *size, seed=1) for size in sizes]
+    t_feats = [feature(3, *size, seed=2) for size in sizes]
+    expected = check_loss(s_feats, t_feats, backend="cuda")[:3]
+    assert backend.last_cluster() == 1, "backward has none"
+    at_fused.attention_loss([s.detach() for s in s_feats], t_feats, backend="cuda")
+    assert backend.last_cluster() == 4
+    for got, wanted in zip(one_pass_gradients(s_feats, t_feats, 2, 1.0, [1.0] * 3), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_more_pairs_than_a_launch_takes() -> None:
+    s_feats = [feature(2, 3 + i, 3, 3 + i % 4, seed=i) for i in range(35)]
+    t_feats = [feature(2, 2 + i, 3, 3 + i % 4, seed=99 + i) for i in range(35)]
+    for reduction in ("sum", "none"):
+        check_loss(
+            s_feats, t_feats, backend="cuda", reduction=reduction, weights=[0.1 * i for i in range(35)]
+        )
+
+
+@pytest.mark.parametrize("shared", [24 << 10, 228 << 10])
+def test_no_schedule_changes_a_bit(cuda: None, shared: int) -> None:
+    s_feats = [feature(3, c, n, n, seed=c, dtype=torch.bfloat16) for c, n in ((16, 16), (40, 7))]
+    t_feats = [feature(3, c, n, n, seed=c + 1) for c, n in ((24, 16), (10, 7))]
+    results = []
+    for seed in SEEDS:
+        backend.set_order(seed)
+        backend.set_device(shared_per_multiprocessor=shared, l2=0)
+        loss = at_fused.attention_loss(s_feats, t_feats, backend="cuda")
+        results.append([loss, *torch.autograd.grad(loss, [*s_feats, *t_feats])])
+    backend.set_device()
+    backend.set_order(0)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("stream")
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=cases.name_of)
+def test_stages_of_resnet_18(layout) -> None:
+    shapes = [(1, 64, 56, 56), (1, 128, 28, 28), (1, 256, 14, 14), (1, 512, 7, 7)]
+    s_feats = [feature(*shape, seed=1, dtype=torch.bfloat16, layout=layout) for shape in shapes]
+    t_feats = [feature(*shape, seed=2, dtype=torch.bfloat16, layout=layout) for shape in shapes]
+    backend.set_device(l2=0)
+    weights = [1000.0] * 4
+    expected = check_loss(s_feats, t_feats, backend="cuda", weights=weights)
+    got = one_pass_gradients(s_feats, t_feats, 2, 1.0, weights)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=False))
+
+
+def test_the_suite() -> None:
+    """Every test of the loss and the maps with this backend, in a random order of the threads."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "simt.backend", "-p", "no:cacheprovider"]
+    command += ["-k", "cuda and not max", "test_attention_loss.py", "test_attention_map.py"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    tests = Path(__file__).parent
+    result = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " passed" in result.stdout
 
 
 # --- the sanitizers find what they should -----------------------------------------------------------

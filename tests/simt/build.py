@@ -19,12 +19,22 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "simt"
 
-PROGRAMS = {"layer_driver": ["layer_driver.cpp"]}
-MODULES = {"simt_layer": ["layer.cpp"]}
+KERNELS = [f"csrc/cuda/power{p}.cu" for p in ("1", "2", "4", "_any")]
+PROGRAMS = {
+    "layer_driver": ["tests/simt/layer_driver.cpp"],
+    "attention_driver": ["tests/simt/attention_driver.cpp", *KERNELS],
+}
+LIBRARIES = {
+    "simt_layer": ["tests/simt/layer.cpp"],  # a Python module
+    "simt_cuda": ["csrc/cuda/ops.cpp", "tests/simt/device.cpp", *KERNELS],  # operators of torch
+}
+TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000 -include torch_on_cpu.h"
 
 # `extern __shared__ T name[];` and `__shared__ T name[n];`, one name each, inside a function.
 DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\(\d+\)\s+)?(\w[\w: ]*?)\s+(\w+)\[\];")
 STATIC = re.compile(r"(?<!extern )__shared__\s+([\w:]+(?:<[^;]*?>)?)\s+(\w+)((?:\[[^;]*?\])*);")
+
+THREADS = re.compile(r"constexpr int threads = \d+;")
 
 
 def rewritten(source: str) -> str:
@@ -39,25 +49,32 @@ def write(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def mirror_sources() -> None:
-    """Copies csrc and this folder to build/simt/source; device code (.cuh) is rewritten."""
+def mirror_sources(folder: Path, few_threads: bool) -> None:
+    """Copies csrc and this folder to `folder`; device code (.cuh) is rewritten.
+
+    ThreadSanitizer takes a megabyte per thread: it gets blocks of `few_threads`.
+    """
     for path in [*ROOT.glob("csrc/**/*.*"), *HERE.glob("**/*.*")]:
         if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
             text = path.read_text()
             text = rewritten(text) if path.suffix == ".cuh" else text
+            text = THREADS.sub("constexpr int threads = 96;", text) if few_threads else text
             relative = path.relative_to(ROOT)
-            write(BUILD / "source" / relative, f'#line 1 "{relative}"\n{text}')
+            write(folder / relative, f'#line 1 "{relative}"\n{text}')
 
 
-def ninja_file(sanitizers: str) -> str:
+def ninja_file(folder: Path, sanitizers: str) -> str:
     import pybind11
+    from torch.utils.cpp_extension import include_paths, library_paths
 
-    layer = BUILD / "source" / HERE.relative_to(ROOT)
+    source = folder / "source"
     includes = [
-        layer / "include",
-        BUILD / "source" / "csrc",
+        source / "tests" / "simt" / "include",
+        source / "tests" / "simt",
+        source / "csrc",
         pybind11.get_include(),
         sysconfig.get_paths()["include"],
+        *include_paths(),
     ]
     sanitize = f"-fsanitize={sanitizers} -fno-sanitize-recover=all" if sanitizers else ""
     # ThreadSanitizer must not watch the engine, which stands for the hardware.
@@ -67,25 +84,29 @@ def ninja_file(sanitizers: str) -> str:
         "flags = -std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas "
         + " ".join(f"-I{path}" for path in includes),
         "rule compile",
-        "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
+        "  command = $cxx $flags $extra -MMD -MF $out.d -x c++ -c $in -o $out",
         "  deps = gcc",
         "  depfile = $out.d",
         "rule link",
-        f"  command = $cxx {sanitize} $extra $in -o $out",
-        f"build engine.o: compile {layer}/engine.cpp",
+        f"  command = $cxx {sanitize} $extra $in $libraries -o $out",
+        f"build engine.o: compile {source}/tests/simt/engine.cpp",
         f"  extra = {engine}",
     ]
-    for name, sources in (PROGRAMS | MODULES).items():
-        objects = [f"{source}.o" for source in sources]
-        for source, compiled in zip(sources, objects, strict=True):
-            lines += [f"build {compiled}: compile {layer}/{source}", f"  extra = {sanitize}"]
-        lines += [f"build {output(name)}: link engine.o {' '.join(objects)}"]
-        lines += ["  extra = -shared"] if name in MODULES else []
+    targets = PROGRAMS | LIBRARIES
+    for unit in sorted({unit for units in targets.values() for unit in units}):
+        torch = TORCH if unit.endswith(("ops.cpp", "device.cpp")) else ""
+        lines += [f"build {unit}.o: compile {source}/{unit}", f"  extra = {sanitize} {torch}"]
+    torch_libraries = " ".join(f"-L{path}" for path in library_paths()) + " -ltorch -ltorch_cpu -lc10"
+    for name, units in targets.items():
+        libraries = torch_libraries if name == "simt_cuda" else ""
+        objects = " ".join(f"{unit}.o" for unit in units)
+        lines += [f"build {output(name)}: link engine.o {objects}"]
+        lines += [f"  extra = {'-shared' if name in LIBRARIES else ''}", f"  libraries = {libraries}"]
     return "\n".join(lines) + "\n"
 
 
 def output(target: str) -> str:
-    return f"{target}.so" if target in MODULES else target
+    return f"{target}.so" if target in LIBRARIES else target
 
 
 def build(target: str, sanitizers: str = "") -> Path:
@@ -94,9 +115,9 @@ def build(target: str, sanitizers: str = "") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        mirror_sources()
-        write(folder / "build.ninja", ninja_file(sanitizers))
-        command = [sys.executable, "-m", "ninja", "-C", str(folder), "-j2", output(target)]
+        mirror_sources(folder / "source", few_threads=sanitizers == "thread")
+        write(folder / "build.ninja", ninja_file(folder, sanitizers))
+        command = [sys.executable, "-m", "ninja", "--quiet", "-C", str(folder), "-j2", output(target)]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(result.stdout[:4000] + result.stderr)

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <vector>
 
@@ -26,6 +27,7 @@ dim3 blockDim, gridDim;
 namespace simt {
 
 Device device;
+unsigned last_cluster = 0;
 uint64_t seed = 0;
 
 namespace {
@@ -92,7 +94,7 @@ class Pool {
 
   void start_cluster([[maybe_unused]] size_t threads) {
 #ifdef SIMT_TSAN
-    constexpr size_t most = 4096;  // of the 8128 that ThreadSanitizer can tell apart
+    constexpr size_t most = 2048;  // each costs ThreadSanitizer a megabyte and some milliseconds
     if (next_ + threads <= most) return;
 #endif
     next_ = 0;
@@ -213,6 +215,7 @@ Launch launch;
 Fiber scheduler;
 Pool pool;
 std::mt19937_64 random_order;
+std::mutex launches;
 
 Thread& self() {
   if (!launch.current) throw Error("device code was called outside a kernel");
@@ -349,13 +352,14 @@ void run_cluster(const uint3& first, dim3 cluster, size_t shared_bytes) {
 }  // namespace
 
 void run(dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes, const std::function<void()>& thread) {
-  if (launch.current) throw Error("a kernel cannot launch another");
+  const std::lock_guard one_at_a_time(launches);
   const Unwatched engine;
 #ifdef SIMT_TSAN
   scheduler.tsan = __tsan_get_current_fiber();
 #endif
   gridDim = grid;
   blockDim = block;
+  last_cluster = cluster.x * cluster.y * cluster.z;
   launch.body = &thread;
   launch.error.clear();
   random_order.seed(seed);

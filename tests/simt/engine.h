@@ -31,9 +31,12 @@ struct Device {
   int multiprocessors = 132;
   size_t shared_per_multiprocessor = 228 << 10;
   size_t shared_per_block = 227 << 10;  // to kernels that ask for more than 48 KiB
+  int l2 = 50 << 20;
   unsigned blocks_per_cluster = 8;
 };
 extern Device device;
+
+extern unsigned last_cluster;  // blocks per cluster of the last launch
 
 // Of the order in which blocks, and threads between two barriers, run. 0: by index.
 extern uint64_t seed;

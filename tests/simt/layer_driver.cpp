@@ -1,5 +1,5 @@
-// Runs every kernel of the layer's tests, with the fault named on the command line or none: what the sanitizers say
-// of it is the test.
+// Runs every kernel of the layer's tests, with the fault named on the command line or none. What the sanitizers say
+// is the test.
 #include <cstdio>
 #include <numeric>
 #include <vector>
@@ -29,5 +29,4 @@ int main(int count, char** arguments) {
     const int quads = x.size() / 4 - (fault == Fault::misaligned);
     launch(layer::round_trip<__half>, {1, threads}, x.data(), y.data(), halves.data(), quads, fault);
   }
-  std::puts("done");
 }

@@ -156,6 +156,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrL2CacheSize,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
 };
@@ -169,6 +170,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMultiProcessorCount: *value = device.multiprocessors; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(device.shared_per_block); break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = int(device.shared_per_multiprocessor); break;
+    case cudaDevAttrL2CacheSize: *value = device.l2; break;
     case cudaDevAttrComputeCapabilityMajor: *value = device.major; break;
     case cudaDevAttrComputeCapabilityMinor: *value = device.minor; break;
   }
@@ -187,19 +189,20 @@ enum cudaFuncAttribute {
 };
 
 // Bytes of dynamic shared memory that a kernel may have: 48 KiB until it asks for more.
-template <class... Parameters>
-size_t& simt_shared_limit(void (*kernel)(Parameters...)) {
-  static std::map<void (*)(Parameters...), size_t> limits;
+inline size_t& simt_shared_limit(const void* kernel) {
+  static std::map<const void*, size_t> limits;
   return limits.try_emplace(kernel, 48 << 10).first->second;
 }
 
-template <class... Parameters>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value < 0 || size_t(value) > simt::device.shared_per_block) return cudaErrorInvalidValue;
   simt_shared_limit(kernel) = value;
   return cudaSuccess;
 }
+
+struct cudaFuncAttributes {};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeClusterDimension,
@@ -238,9 +241,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   }
   const size_t threads = size_t{block.x} * block.y * block.z, blocks = size_t{cluster.x} * cluster.y * cluster.z;
   const unsigned most_blocks = device.major >= 9 ? device.blocks_per_cluster : 1;
+  const bool shared_fits = config->dynamicSmemBytes <= simt_shared_limit(reinterpret_cast<const void*>(kernel));
   const bool fits = threads >= 1 && threads <= 1024 && block.z <= 64 &&
                     grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 65535 &&
-                    grid.z >= 1 && grid.z <= 65535 && config->dynamicSmemBytes <= simt_shared_limit(kernel) &&
+                    grid.z >= 1 && grid.z <= 65535 && shared_fits &&
                     blocks >= 1 && blocks <= most_blocks && grid.x % cluster.x == 0 && grid.y % cluster.y == 0 &&
                     grid.z % cluster.z == 0;
   if (!fits) return cudaErrorInvalidValue;
