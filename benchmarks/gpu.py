@@ -49,8 +49,9 @@ class Piece:
 def pieces(results: Path, device: str, quick: bool) -> list[Piece]:
     """In the order in which they matter."""
     python = sys.executable
-    jobs = {"MAX_JOBS": str(os.cpu_count())}
-    build = Piece("build", [python, "setup.py", "build_ext"], {"AT_FUSED_REQUIRE_EXTENSION": "1", **jobs})
+    settings = {"AT_FUSED_REQUIRE_EXTENSION": "1", "MAX_JOBS": str(os.cpu_count())}
+    settings |= {"AT_FUSED_CUDA": "1"} if device == "cuda" else {}
+    build = Piece("build", [python, "setup.py", "build_ext"], settings)
     tests = ROOT / "tests"
     on_device = [path for pattern in DEVICE_TESTS for path in sorted(tests.glob(f"{pattern}.py"))]
     others = [path for path in sorted(tests.glob("test_*.py")) if path not in on_device]
