@@ -56,8 +56,9 @@ __global__ void __launch_bounds__(threads, Power::blocks) loss_kernel(const __gr
   unsigned char* stage = shared + pair.stage;
 
   const Power power(table.p);
-  map_of(pair.teacher, slice, sample, power, teachers, scratch, false, stage);
-  map_of(pair.student, slice, sample, power, students, scratch, one_pass, stage);
+  constexpr int unroll = one_pass && Power::unroll > 1 ? 3 : Power::unroll;  // staging takes registers, too
+  map_of<unroll>(pair.teacher, slice, sample, power, teachers, scratch, false, stage);
+  map_of<unroll>(pair.student, slice, sample, power, students, scratch, one_pass, stage);
 
   double squares[2] = {0, 0};
   for (int j = threadIdx.x; j < slice.positions; j += threads) {
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(threads, Power::blocks) maps_kernel(const __gr
   const Item& item = table.item[item_of_block(table)];
   const int64_t sample = static_cast<int>(blockIdx.x) - item.first_block;
   const Slice slice{0, item.feat.positions};
-  map_of(item.feat, slice, sample, Power(table.p), item.map + sample * item.feat.positions,
+  map_of<Power::unroll>(item.feat, slice, sample, Power(table.p), item.map + sample * item.feat.positions,
          reinterpret_cast<float*>(shared_memory()), false, nullptr);
 }
 

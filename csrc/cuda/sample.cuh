@@ -19,10 +19,9 @@ __device__ inline int end_of_rows(const Feature& feat, const Slice& slice, int e
 
 // Sums |x|^p over the channels into `map` (slice.positions). `scratch` has scratch_floats(); `stage` receives
 // what was read, to `keep` it.
-template <class T, int N, class Power>
+template <int unroll, class T, int N, class Power>
 __device__ void map_channels_first(const Feature& feat, const Slice& slice, const T* sample, Power power,
                                    float* map, float* scratch, bool keep, Vec<T, N>* stage) {
-  constexpr int unroll = Power::unroll;
   const Tiling& tiling = feat.tiling;
   const int group = threadIdx.x / tiling.width, lane = threadIdx.x % tiling.width;
   const int columns = slice.length_of(feat) / N;
@@ -128,10 +127,9 @@ __device__ void gradient_channels_first(const Feature& feat, const Slice& slice,
 
 // --- channels-last: a group of a warp's lanes owns a position ---
 
-template <class T, int N, class Power>
+template <int unroll, class T, int N, class Power>
 __device__ void map_channels_last(const Feature& feat, const Slice& slice, const T* sample, Power power, float* map,
                                   bool keep, Vec<T, N>* stage) {
-  constexpr int unroll = Power::unroll;
   const Tiling& tiling = feat.tiling;
   const int group = threadIdx.x / tiling.width, lane = threadIdx.x % tiling.width;
   const int columns = slice.length_of(feat) / N;
@@ -208,9 +206,9 @@ __device__ void gradient_channels_last(const Feature& feat, const Slice& slice, 
 
 // --- both ---
 
-// Raw map of a slice of sample `sample`: `map` has slice.positions floats. What was read stays in `stage`, to
-// `keep` it. Ends with a barrier.
-template <class Power>
+// Raw map of a slice of sample `sample`, with `unroll` vectors in flight per thread: `map` has slice.positions
+// floats. What was read stays in `stage`, to `keep` it. Ends with a barrier.
+template <int unroll, class Power>
 __device__ void map_of(const Feature& feat, const Slice& slice, int64_t sample, Power power, float* map,
                        float* scratch, bool keep, void* stage) {
   with_vector(feat, [&](auto vector) {
@@ -218,9 +216,9 @@ __device__ void map_of(const Feature& feat, const Slice& slice, int64_t sample, 
     using T = typename V::Element;
     const T* x = static_cast<const T*>(feat.data) + sample * feat.batch_stride;
     if (feat.channels_last) {
-      map_channels_last(feat, slice, x, power, map, keep, static_cast<V*>(stage));
+      map_channels_last<unroll>(feat, slice, x, power, map, keep, static_cast<V*>(stage));
     } else {
-      map_channels_first(feat, slice, x, power, map, scratch, keep, static_cast<V*>(stage));
+      map_channels_first<unroll>(feat, slice, x, power, map, scratch, keep, static_cast<V*>(stage));
     }
   });
 }

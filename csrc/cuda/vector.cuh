@@ -34,8 +34,8 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2
 template <>
 __device__ inline __half narrow<__half>(float x) { return __float2half_rn(x); }
 
-// |x|^p and |x|^(p-1) sign(x), the factor p left out. A thread has `unroll` vectors in flight, a multiprocessor
-// at least `blocks` blocks.
+// |x|^p and |x|^(p-1) sign(x), the factor p left out. A thread has up to `unroll` vectors in flight, a
+// multiprocessor at least `blocks` blocks.
 
 struct Power1 {
   static constexpr int unroll = 4, blocks = 2;
