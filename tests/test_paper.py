@@ -1,113 +1,379 @@
-"""The reproduction of the paper's tables: what it runs, what it keeps, and the table it writes."""
+"""The reproduction of the paper's tables: what it runs, what it keeps, and what it writes."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import paper
+from benchmarks import paper, paper_plan, paper_report, paper_runs
+from benchmarks.paper_plan import Job, Plan
+from trainer.config import ConfigError, make_config
 
 ROW = "wrn-16-1-from-wrn-16-2"
+STUDENT, TEACHER = "table1/wrn-16-1/seed0", "table1/wrn-16-2/seed0"
 
 
-def main(out: Path, *more: str) -> int:
-    common = ["table1", "--data-dir", str(out), "--out", str(out), "--epochs", "1", "--threads", "1"]
-    return paper.main([*common, *more])
+def plan(out: Path, table: str = "table1", **options: Any) -> Plan:
+    options = {"schedule": "short", "rows": [ROW] if table == "table1" else None, "seeds": 2} | options
+    return Plan(table, options.pop("schedule"), out, out / "data", **options)
 
 
-def finish(out: Path, name: str, **keys: Any) -> None:
-    """A run as train.py would leave it, with an error told by its name."""
-    folder = out / name
-    folder.mkdir(parents=True)
-    job = next(job for job in table(out, **keys).jobs() if job.name == name)
-    error = 10 + len(name) / 10 + job.config.seed
-    (folder / "config.yaml").write_text(job.config.to_yaml())
-    (folder / "metrics.jsonl").write_text(json.dumps({"seconds": 3.0, "test_error": error}) + "\n")
-    (folder / "summary.json").write_text(json.dumps({"last_test_error": error, "best_test_error": error - 1}))
+def finish(job: Job, error: float, epochs: int = 2) -> None:
+    """A run as train.py would leave it; its error falls to `error` and rises by 1 in the last epoch."""
+    job.folder.mkdir(parents=True)
+    (job.folder / "config.yaml").write_text(job.config.to_yaml())
+    history = [
+        {"seconds": 3.0, "test_error": error + epochs - e - 2, "train_error": 5.0} for e in range(epochs - 1)
+    ]
+    history.append({"seconds": 3.0, "test_error": error, "train_error": 4.0})
+    (job.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+    (job.folder / "summary.json").write_text(
+        json.dumps({"last_test_error": error, "best_test_error": error - 1})
+    )
 
 
-def table(out: Path, seeds: int = 2, rows: tuple[str, ...] = (ROW,)) -> paper.Table:
-    keys = {"schedule": "short", "rows": rows, "methods": paper.METHODS, "seeds": seeds, "epochs": 1}
-    keys |= {"data_dir": str(out), "out": out, "teacher_checkpoint": None, "threads": 1}
-    return paper.Table(argparse.Namespace(**keys))
+# --- the plan -----------------------------------------------------------------------------------------
 
 
 def test_jobs_of_a_row(tmp_path: Path) -> None:
-    jobs = table(tmp_path).jobs()
+    jobs = plan(tmp_path).jobs
     names = [job.name for job in jobs]
-    assert names[0] == "wrn-16-2/none-seed0"  # the teacher comes first
-    assert len(names) == len(set(names)) == 1 + 4 * 2
+    cells = ("at", "hints", "kd", "at-kd")
+    seed0, seed1 = ([f"table1/{ROW}/{cell}/seed{seed}" for cell in cells] for seed in (0, 1))
+    assert names == [TEACHER, STUDENT, *seed0, "table1/wrn-16-1/seed1", *seed1]
     for job in jobs:
         config = job.config
-        assert (config.lr_schedule, config.amp, config.epochs, config.threads) == ("onecycle", "bf16", 1, 1)
+        assert (config.lr_schedule, config.amp, config.epochs, config.lr) == ("onecycle", "bf16", 12, 0.2)
+        assert (config.seed, config.data_dir) == (int(job.name[-1]), tmp_path / "data")
+        assert job.folder == tmp_path / "short" / job.name
         if config.method != "none":
-            assert config.teacher_checkpoint == tmp_path / "wrn-16-2/none-seed0/model.pt"
-            assert (config.student, config.teacher) == ("wrn-16-1", "wrn-16-2")
-            assert job.teacher is not None
-            assert job.teacher.name == names[0]
+            assert config.teacher_checkpoint == tmp_path / "short" / TEACHER / "model.pt"
+            assert job.teacher == jobs[0]
 
 
-def test_rows_share_runs(tmp_path: Path) -> None:
-    jobs = table(tmp_path, rows=tuple(paper.TABLE1)).jobs()
-    assert sum(job.name == "wrn-16-2/none-seed0" for job in jobs) == 1  # a teacher here, a student there
-    # 3 teachers, 2 students alone twice (one of them a teacher too), and 3 methods of 3 rows twice
-    assert len(jobs) == 3 + 2 * 2 - 1 + 3 * 3 * 2
+def test_the_schedule_of_the_paper_is_the_default(tmp_path: Path) -> None:
+    config = plan(tmp_path, schedule="paper").jobs[1].config
+    assert (config.lr_schedule, config.epochs, config.lr, config.amp) == ("step", 200, 0.1, "none")
+    assert paper._parse(["table1", "--data-dir", "d", "--out", "o"]).schedule == "paper"
+    assert len(plan(tmp_path, seeds=None).jobs) == 1 + 5 * 5
+
+
+def test_rows_and_tables_share_runs(tmp_path: Path) -> None:
+    jobs = plan(tmp_path, rows=None).jobs
+    names = [job.name for job in jobs]
+    assert len(names) == len(set(names))
+    # 4 teachers with one seed, one of which is also a student (with another seed); 2 other students alone and
+    # 4 methods of 4 rows with 2 seeds
+    assert len(jobs) == 4 + 1 + 2 * 2 + 4 * 4 * 2
+    table2 = {job.name for job in plan(tmp_path, "table2").jobs}
+    assert table2 - set(names) == {
+        f"table2/{f}/seed{s}" for f in ("f-sum", "f-sum4", "f-max") for s in (0, 1)
+    }
+
+
+def test_table_3_has_its_own_short_schedule_and_two_teachers(tmp_path: Path) -> None:
+    jobs = {job.name: job for job in plan(tmp_path, "table3", seeds=None).jobs}
+    own = jobs["table3/symmetry/seed0"].config
+    assert (own.lr, own.lr_schedule, own.epochs, own.compile, own.augment) == (
+        0.02,
+        "onecycle",
+        12,
+        False,
+        "flip",
+    )
+    teachers = {name: job.teacher.name for name, job in jobs.items() if job.teacher}
+    assert teachers == {
+        "table3/grad-at/seed0": "table1/nin-wide/seed0",
+        "table3/kd/seed0": "table1/nin-wide/seed0",
+        "table3/at/seed0": "table1/nin-wide-rawpool/seed0",
+    }
+    assert jobs["table1/nin-wide/seed0"].config.lr == 0.2
+    assert jobs["table3/at/seed0"].config.taps == "convs"
+    assert len(jobs) == 6 + 2
+
+
+def test_table_4_finds_its_data_and_teachers_by_row(tmp_path: Path) -> None:
+    jobs = {job.name: job for job in plan(tmp_path, "table4", schedule="paper", seeds=None).jobs}
+    assert jobs["table4/scenes/at/seed0"].config.data_dir == tmp_path / "data/scenes"
+    assert jobs["table4/cub/at/seed0"].config.data_dir == tmp_path / "data"
+    for row in ("scenes", "cub"):
+        teacher = jobs[f"table4/{row}/kd/seed0"].teacher
+        assert teacher
+        assert teacher.name == f"table4/{row}/teacher/seed0"
+        assert teacher.config.data_dir == jobs[f"table4/{row}/at/seed0"].config.data_dir
+
+
+def test_columns_choose_variants_and_keep_their_teacher(tmp_path: Path) -> None:
+    chosen = plan(tmp_path, columns=["at-kd-code", "at"], seeds=1)
+    assert [cell.column for cell in chosen.cells] == ["at", "at-kd-code"]
+    assert [job.name for job in chosen.jobs] == [
+        TEACHER,
+        f"table1/{ROW}/at/seed0",
+        f"table1/{ROW}/at-kd-code/seed0",
+    ]
+
+
+def test_a_given_teacher_is_not_trained(tmp_path: Path) -> None:
+    jobs = plan(tmp_path, teacher_checkpoint=tmp_path / "t.pt").jobs
+    assert len(jobs) == 2 * 5
+    assert all(job.teacher is None for job in jobs)
+    assert {job.config.teacher_checkpoint for job in jobs} == {None, tmp_path / "t.pt"}
+    assert not any(
+        cell.column == "teacher" for cell in plan(tmp_path, teacher_checkpoint=tmp_path / "t.pt").cells
+    )
+
+
+# --- what is written ----------------------------------------------------------------------------------
 
 
 def test_finished_runs_are_kept_and_tabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for job in table(tmp_path).jobs():
-        finish(tmp_path, job.name)
-    assert main(tmp_path, "--seeds", "2") == 0
-    text = (tmp_path / "table1.md").read_text()
+    errors = {"teacher": [10.0], "student": [13.0, 13.5], "at": [11.0, 11.4], "hints": [12.0, 12.0]}
+    own = plan(tmp_path)
+    for cell in own.cells:
+        for job, error in zip(cell.jobs, errors.get(cell.column, [12.5, 12.25]), strict=True):
+            finish(job, error)
+    words = ["--schedule", "short", "--rows", ROW, "--seeds", "2", "--out", str(tmp_path)]
+    assert paper.main(["table1", *words, "--data-dir", str(tmp_path / "data")]) == 0
+    text = (tmp_path / "short/table1.md").read_text()
     assert text in capsys.readouterr().out
-    rows = [line for line in text.splitlines() if line.startswith("| wrn")]
-    assert rows == [
-        "| wrn-16-1 ← wrn-16-2 | teacher | 11.90 | 11.90 | 10.90 | 6.31 |",
-        "| wrn-16-1 ← wrn-16-2 | student alone | 12.40 | 11.90, 12.90 | 11.40 | 8.77 |",
-        "| wrn-16-1 ← wrn-16-2 | AT | 13.60 | 13.10, 14.10 | 12.60 | 7.93 |",
-        "| wrn-16-1 ← wrn-16-2 | KD | 13.60 | 13.10, 14.10 | 12.60 | 7.41 |",
-        "| wrn-16-1 ← wrn-16-2 | AT+KD | 13.90 | 13.40, 14.40 | 12.90 | 7.51 |",
+    pair = "| wrn-16-1 ← wrn-16-2"
+    assert [line for line in text.splitlines() if line.startswith(pair)] == [
+        f"{pair} | student alone | 13.25 ± 0.25 | 12.25 ± 0.25 | 2 |  | 8.77 |  |",
+        f"{pair} | AT | 11.20 ± 0.20 | 10.20 ± 0.20 | 2 | −2.05 | 7.93 | −0.84 |",
+        f"{pair} | F-ActT | 12.00 ± 0.00 | 11.00 ± 0.00 | 2 | −1.25 | 8.51 | −0.26 |",
+        f"{pair} | KD | 12.38 ± 0.12 | 11.38 ± 0.12 | 2 | −0.88 | 7.41 | −1.36 |",
+        f"{pair} | AT+KD | 12.38 ± 0.12 | 11.38 ± 0.12 | 2 | −0.88 | 7.51 | −1.26 |",
+        f"{pair} | teacher | 10.00 | 9.00 | 1 |  | 6.31 |  |",
     ]
-    entries = json.loads((tmp_path / "table1.json").read_text())
-    assert [entry["method"] for entry in entries] == ["teacher", "none", "at", "kd", "at+kd"]
-    assert entries[1]["seconds"] == [3.0, 3.0]
+    assert "schedule `short` (12 epochs)" in text
+    result = json.loads((tmp_path / "short/table1.json").read_text())
+    (at,) = (cell for cell in result["cells"] if cell["column"] == "at")
+    assert [run["last_test_error"] for run in at["runs"]] == [11.0, 11.4]
+    assert [run["seed"] for run in at["runs"]] == [0, 1]
+    assert at["runs"][0]["seconds"] == 6.0
+    assert at["runs"][0]["train_error"] == [5.0, 4.0]
+    config = at["runs"][1]["config"]
+    assert (config["method"], config["beta"], config["seed"], config["lr"]) == ("at", 1000.0, 1, 0.2)
+    assert config["teacher-checkpoint"] == f"{TEACHER}/model.pt"
+    assert str(tmp_path) not in json.dumps(result)
+    assert (tmp_path / "short/table1.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_unfinished_cells_say_so(tmp_path: Path) -> None:
-    finish(tmp_path, "wrn-16-1/none-seed1")
-    text = table(tmp_path).write()
-    assert "| AT | not finished |" in text
-    assert "| student alone | 12.90 | 12.90 |" in text
+    own = plan(tmp_path)
+    finish(own.jobs[1], 13.0)
+    text = paper_report.write(own)
+    assert "| AT | not finished |  | 0 |  | 7.93 | −0.84 |" in text
+    assert "| student alone | 13.00 | 12.00 | 1 |" in text
+
+
+def test_the_committed_result_is_what_its_json_says() -> None:
+    folder = Path(__file__).parent.parent / "benchmarks/results/cifar10-short"
+    result = json.loads((folder / "table1.json").read_text())
+    assert paper_report.markdown(result) == (folder / "table1.md").read_text()
+
+
+def test_curves_are_medians_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: list[tuple[str, list[float]]] = []
+
+    def plot(axes: Axes, x: Any, y: list[float], *args: Any, **style: Any) -> list[Any]:
+        drawn.append((style.get("linestyle", "-"), y))
+        return []
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    own = plan(tmp_path, columns=["student", "at", "teacher"])
+    for job, error in zip(own.jobs, (10.0, 13.0, 11.0, 14.0, 12.0), strict=True):
+        finish(job, error, epochs=3)
+    assert paper_report.curves(paper_report.results(own)).startswith(b"\x89PNG")
+    assert drawn == [
+        ("-", [14.5, 13.5, 13.5]),
+        ("--", [5, 5, 4]),
+        ("-", [12.5, 11.5, 11.5]),
+        ("--", [5, 5, 4]),
+    ]
 
 
 def test_another_run_is_not_taken_for_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    finish(tmp_path, "wrn-16-1/none-seed1")
-    assert main(tmp_path, "--seeds", "2", "--epochs", "9") == 2
+    finish(plan(tmp_path).jobs[1], 13.0)
+    words = ["table1", "--schedule", "short", "--data-dir", "d", "--out", str(tmp_path), "--epochs", "9"]
+    assert paper.main(words) == 2
     error = capsys.readouterr().err
-    assert "none-seed1 holds a different run: epochs differ" in error
+    assert "table1/wrn-16-1/seed0 holds a different run: epochs differ" in error
     assert error.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_trains_in_order_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Digits in place of CIFAR: the teacher, then AT from it; a failing run fails what needs it."""
-    recipe = {"dataset": "digits", "limit-train": 64, "limit-test": 50, "lr-schedule": "onecycle"}
-    monkeypatch.setattr(paper, "load_recipe", lambda path: recipe)
-    keys = ("--seeds", "1", "--methods", "at")
-    assert main(tmp_path / "a", *keys) == 0
-    teacher, student = (tmp_path / "a" / name for name in ("wrn-16-2/none-seed0", f"{ROW}/at-seed0"))
-    assert json.loads((student / "summary.json").read_text())["method"] == "at"
-    times = [(folder / "summary.json").stat().st_mtime_ns for folder in (teacher, student)]
-    assert times[0] < times[1]
-    assert main(tmp_path / "a", *keys) == 0
-    assert times == [(folder / "summary.json").stat().st_mtime_ns for folder in (teacher, student)]
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("table6", "invalid choice: 'table6'"),
+        ("table1 --rows wrn-16-3", f"table1 has no rows wrn-16-3; it has nin-thin-from-nin-wide, {ROW}"),
+        ("table2 --columns at", "table2 has no columns at; it has student, f-sum, f-sum2"),
+        ("table5 --schedule short", "table5 has no schedule short: paper"),
+        ("table1 --seeds 0", "--seeds"),
+        ("table1 --jobs 0", "--jobs"),
+        ("table1 --teacher-checkpoint t.pt", "serves a single row"),
+        ("table1 --dry-run", "no folder cifar-10-batches-py"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert paper.main([*words.split(), "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("benchmarks.paper: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
-    (tmp_path / "b/wrn-16-2/none-seed0").mkdir(parents=True)
-    (tmp_path / "b/wrn-16-2/none-seed0/model.pt").write_text("somebody's")
-    assert main(tmp_path / "b", *keys) == 1
-    assert "not finished" in (tmp_path / "b/table1.md").read_text()
-    assert not (tmp_path / "b" / ROW).exists()
+
+def test_says_why_a_table_can_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(keys: dict[str, Any]) -> Any:
+        raise ConfigError("pretrained true is not available")
+
+    monkeypatch.setattr(paper_plan, "make_config", refuse)
+    with pytest.raises(
+        ConfigError, match=r"table4 can't run: recipes/table4/cub/student\.yaml: pretrained true"
+    ):
+        plan(tmp_path, "table4", schedule="paper").jobs  # noqa: B018
+
+
+def test_estimate_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = plan(tmp_path, columns=["student", "at"])
+    finish(own.jobs[0], 10.0)
+    half_done = own.jobs[1]
+    half_done.folder.mkdir(parents=True)
+    (half_done.folder / "metrics.jsonl").write_text('{"test_error": 50}\n' * 6)
+    measured: list[str] = []
+
+    def measure(job: Job) -> float | None:
+        measured.append(job.name)
+        return None if "at/" in job.name else 0.5
+
+    monkeypatch.setattr(paper_runs, "measure", measure)
+    monkeypatch.setattr(paper_runs, "_sizes", lambda *key: paper_runs.Sizes(1280, 384, 10))
+    assert paper_runs.estimate(own.jobs).splitlines() == [
+        f"{TEACHER}: finished",
+        f"{STUDENT}: 6 epochs of 6 s (500 ms a step), 0 h 01 min",  # (1280 + 384 / 3) / 128 steps of 0.5 s
+        f"table1/{ROW}/at/seed0: 12 epochs, not measured",
+        "table1/wrn-16-1/seed1: 12 epochs of 6 s (500 ms a step), 0 h 01 min",
+        f"table1/{ROW}/at/seed1: 12 epochs, not measured",
+        "together 0 h 02 min, one at a time",
+    ]
+    assert measured == [STUDENT, f"table1/{ROW}/at/seed0"]  # once per recipe
+    assert paper_runs.duration(3600 * 25 + 59.9 * 60) == "26 h 00 min"
+
+
+# --- training -----------------------------------------------------------------------------------------
+
+TINY = {
+    "title": "Tiny", "paper": "nothing", "seeds": 1, "schedules": ["paper"],
+    "rows": {
+        "student-from-teacher": {
+            "student": {"recipe": "student", "paper": 9.0},
+            "at": {"recipe": "at", "paper": 8.0},
+            "teacher": {"recipe": "teacher", "paper": 7.0},
+        }
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Digits in place of CIFAR, as the table `tiny`; returns the folder of its recipes."""
+    common = "dataset: digits\nlimit-train: 64\nlimit-test: 50\nepochs: 1\n"
+    recipes = {
+        "teacher": f"{common}student: wrn-10-2\n",
+        "student": f"{common}student: wrn-10-1\n",
+        "at": "base: student.yaml\nteacher: wrn-10-2\nmethod: at\n",
+    }
+    (tmp_path / "recipes").mkdir()
+    for name, text in recipes.items():
+        (tmp_path / f"recipes/{name}.yaml").write_text(text)
+    monkeypatch.setattr(paper_plan, "RECIPES", tmp_path / "recipes")
+    monkeypatch.setitem(paper_plan.TABLES, "tiny", TINY)
+    return tmp_path / "recipes"
+
+
+def call(out: Path, *words: str) -> int:
+    return paper.main(["tiny", "--data-dir", str(out), "--out", str(out), "--threads", "1", *words])
+
+
+@pytest.mark.slow
+def test_trains_in_order_and_keeps_what_is_finished(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    assert call(out, "--jobs", "2") == 0
+    summaries = [out / "paper" / name / "seed0/summary.json" for name in ("teacher", "at", "student")]
+    times = [path.stat().st_mtime_ns for path in summaries]
+    assert times[0] < times[1]
+    assert json.loads(summaries[1].read_text())["method"] == "at"
+    assert "not finished" not in (out / "paper/tiny.md").read_text()
+    assert call(out) == 0
+    assert times == [path.stat().st_mtime_ns for path in summaries]
+
+
+@pytest.mark.slow
+def test_a_failure_costs_what_needs_it_only(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "paper/teacher/seed0"
+    folder.mkdir(parents=True)
+    (folder / "model.pt").write_text("somebody's")
+    assert call(tmp_path) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (failed,) = (line for line in lines if " failed " in line)
+    assert "failed teacher/seed0 (exit 2): train.py: error: " in failed
+    assert any("skipped at/seed0: its teacher failed" in line for line in lines)
+    table = (tmp_path / "paper/tiny.md").read_text()
+    assert table.count("not finished") == 2
+    assert (tmp_path / "paper/student/seed0/summary.json").exists()
+    assert (folder / "model.pt").read_text() == "somebody's"
+
+
+@pytest.mark.slow
+def test_a_signal_stops_the_trainings_which_continue_later(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny / "teacher.yaml").write_text("dataset: digits\nlimit-test: 50\nepochs: 40\nstudent: wrn-10-1\n")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom benchmarks import paper, paper_plan\n"
+        f"paper_plan.RECIPES = Path({str(tiny)!r})\npaper_plan.TABLES['tiny'] = {TINY!r}\n"
+        "sys.exit(paper.main(sys.argv[1:]))"
+    )
+    words = ["tiny", "--columns", "teacher", "--data-dir", "d", "--out", str(tmp_path), "--threads", "1"]
+    process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=paper_runs.ROOT)
+    log = tmp_path / "paper/logs/teacher-seed0.log"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and "epoch 2/40" in log.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert "stopped by signal" in log.read_text()
+    assert not (tmp_path / "paper/teacher/seed0/summary.json").exists()
+    assert paper.main(words) == 0
+    assert "continuing from step" in log.read_text()
+    assert "finished teacher/seed0" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_measures_a_step_with_an_untrained_teacher(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (job,) = (job for job in Plan("tiny", "paper", tmp_path, tmp_path).jobs if job.name == "at/seed0")
+    seconds = paper_runs.measure(job)
+    assert seconds
+    assert 0 < seconds < 60
+    assert not job.folder.exists()
+    broken = Job(
+        "x/seed0", make_config(job.config.model_dump(by_alias=True) | {"freeze": ["nothing"]}), job.teacher
+    )
+    assert paper_runs.measure(broken) is None
+    assert "can't measure x/seed0: train.py: error: freeze: wrn-10-1 has no module" in capsys.readouterr().err

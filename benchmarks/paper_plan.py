@@ -1,0 +1,178 @@
+"""What the paper's tables consist of: recipes/tables.yaml as jobs to train, cell by cell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config import Config, ConfigError, differing_keys, load_recipe, make_config
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+TABLES: dict[str, Any] = yaml.safe_load((RECIPES / "tables.yaml").read_text())
+LABELS: dict[str, str] = TABLES.pop("labels")
+BASELINE, TEACHER = "student", "teacher"  # columns
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: its configuration, and the one whose weights it needs first."""
+
+    name: str
+    config: Config
+    teacher: Job | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.config.output_dir))
+
+    def summary(self) -> dict[str, Any] | None:
+        """Results, if the run is finished; a folder that holds another run raises ConfigError."""
+        try:
+            keys = differing_keys(self.stored_config(), self.config)
+            if keys:
+                raise ConfigError(f"{self.folder} holds a different run: {', '.join(keys)} differ")
+            return dict(json.loads((self.folder / "summary.json").read_text()))
+        except FileNotFoundError:
+            return None
+
+    def stored_config(self) -> dict[str, Any]:
+        """The resolved configuration that the run itself has written."""
+        return dict(yaml.safe_load((self.folder / "config.yaml").read_text()))
+
+    def history(self) -> list[dict[str, Any]]:
+        """Metrics of the epochs so far."""
+        try:
+            return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        except FileNotFoundError:
+            return []
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: a job per seed, and the error that the paper reports, in percent."""
+
+    row: str
+    column: str
+    recipe: str
+    jobs: list[Job]
+    paper: float | None
+
+    @property
+    def pair(self) -> str:
+        return self.row.replace("-from-", " ← ")
+
+    @property
+    def label(self) -> str:
+        return LABELS.get(self.column, self.column)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of a table that were asked for.
+
+    Runs lie in `out`/`schedule`, by recipe and seed, so that tables share them. Where `teacher_checkpoint` is
+    given, no teacher is trained.
+
+    Raises:
+        ConfigError: (from `cells`) unknown rows or columns, a schedule that the table has not, or a recipe or
+            combination of keys that train.py would refuse.
+    """
+
+    table: str
+    schedule: str
+    out: Path
+    data_dir: Path
+    rows: Sequence[str] | None = None
+    columns: Sequence[str] | None = None
+    seeds: int | None = None
+    epochs: int | None = None
+    threads: int = 0
+    teacher_checkpoint: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.schedule
+
+    @property
+    def title(self) -> str:
+        return str(TABLES[self.table]["title"])
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        table = TABLES[self.table]
+        if self.schedule not in table["schedules"]:
+            raise ConfigError(
+                f"{self.table} has no schedule {self.schedule}: {', '.join(table['schedules'])}"
+            )
+        rows = _chosen("rows", self.rows, list(table["rows"]), self.table)
+        known = list(dict.fromkeys(column for row in table["rows"].values() for column in row))
+        columns = _chosen("columns", self.columns, known, self.table)
+        seeds = table["seeds"] if self.seeds is None else self.seeds
+        cells = []
+        for name in rows:
+            row = table["rows"][name]
+            wanted = {column: row[column] for column in columns if column in row}
+            teachers = {self._teacher_recipe(row, column) for column, cell in row.items() if "paper" in cell}
+            for column, cell in wanted.items():
+                if self.columns is None and "paper" not in cell and cell["recipe"] not in teachers:
+                    continue
+                teaches = cell["recipe"] in teachers
+                if teaches and self.teacher_checkpoint:
+                    continue
+                numbers = range(1 if teaches else seeds)
+                jobs = [self._job(cell, self._teacher_recipe(row, column), seed) for seed in numbers]
+                cells.append(Cell(name, column, cell["recipe"], jobs, cell.get("paper")))
+        return cells
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        """Every job once (cells share some): teachers first, then seed by seed, to compare early."""
+        every = [job for cell in self.cells for job in cell.jobs]
+        teachers = {job.teacher.name: job.teacher for job in every if job.teacher}
+        return list(
+            (teachers | {job.name: job for job in sorted(every, key=lambda j: j.config.seed)}).values()
+        )
+
+    @staticmethod
+    def _teacher_recipe(row: dict[str, Any], column: str) -> str:
+        return str(row[column].get("teacher", row[TEACHER]["recipe"]))
+
+    def _job(self, cell: dict[str, Any], teacher_recipe: str, seed: int) -> Job:
+        recipe = cell["recipe"]
+        keys = load_recipe(RECIPES / f"{recipe}.yaml")
+        if self.schedule != "paper":
+            keys |= load_recipe(_overlay(self.schedule, recipe))
+        if self.epochs is not None:
+            keys["epochs"] = self.epochs
+        name = f"{recipe}/seed{seed}"
+        keys |= {"seed": seed, "threads": self.threads, "output-dir": str(self.folder / name)}
+        keys["data-dir"] = str(self.data_dir / cell.get("folder", ""))
+        teacher = None
+        if keys.get("teacher"):
+            if self.teacher_checkpoint is None:
+                teacher = self._job(cell | {"recipe": teacher_recipe}, "", 0)
+            weights = self.teacher_checkpoint or (teacher and teacher.folder / "model.pt")
+            keys["teacher-checkpoint"] = str(Path(str(weights)).resolve())
+        try:
+            return Job(name, make_config(keys), teacher)
+        except ConfigError as error:
+            raise ConfigError(f"{self.table} can't run: recipes/{recipe}.yaml: {error}") from None
+
+
+def _overlay(schedule: str, recipe: str) -> Path:
+    """The recipe of a schedule, whose keys win: that of the recipe's own folder, if there is one."""
+    own = RECIPES / Path(recipe).parts[0] / f"{schedule}.yaml"
+    return own if own.exists() else RECIPES / schedule / "base.yaml"
+
+
+def _chosen(what: str, asked: Sequence[str] | None, known: list[str], table: str) -> list[str]:
+    unknown = [name for name in asked or () if name not in known]
+    if unknown:
+        raise ConfigError(f"{table} has no {what} {', '.join(unknown)}; it has {', '.join(known)}")
+    return known if asked is None else [name for name in known if name in asked]

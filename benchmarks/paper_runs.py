@@ -1,0 +1,187 @@
+"""Training the jobs of a table, several at a time, and estimating how long it would take."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+import models
+from benchmarks.paper_plan import Job
+from trainer import data
+from trainer.config import Config, make_config
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED_STEPS = 5  # the first warms up
+EVALUATION = (
+    1 / 3
+)  # of a training step's time that an equal batch takes in evaluation: forward without backward
+
+
+def run(jobs: Sequence[Job], logs: Path, parallel: int, finished: Callable[[], object]) -> int:
+    """Train what is not finished, `parallel` at a time; returns the number of jobs that failed.
+
+    `finished` is called after each. SIGINT and SIGTERM let every training write a checkpoint and end.
+    """
+    waiting = [job for job in jobs if job.summary() is None]
+    running: dict[subprocess.Popen[bytes], Job] = {}
+    failed: set[str] = set()
+
+    def stop(number: int, frame: Any) -> None:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        raise SystemExit(128 + number)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while waiting or running:
+            for job in [job for job in waiting if job.teacher and job.teacher.name in failed]:
+                waiting.remove(job)
+                failed.add(job.name)
+                say(f"skipped {job.name}: its teacher failed")
+            ready = [job for job in waiting if job.teacher is None or job.teacher.summary()]
+            for job in ready[: parallel - len(running)]:
+                waiting.remove(job)
+                running[start(job, logs)] = job
+                say(f"started {job.name}")
+            for process in [process for process in running if process.poll() is not None]:
+                job = running.pop(process)
+                summary = job.summary() if process.returncode == 0 else None
+                if summary is None:
+                    failed.add(job.name)
+                    log = log_path(job, logs)
+                    say(f"failed {job.name} (exit {process.returncode}): {last_line(log)} (see {log})")
+                else:
+                    say(f"finished {job.name}: last test error {summary['last_test_error']:.2f} %")
+                    finished()
+            if waiting or running:
+                time.sleep(0.5)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return len(failed)
+
+
+def start(job: Job, logs: Path) -> subprocess.Popen[bytes]:
+    path = log_path(job, logs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as log:
+        command = _command(job.config, path.with_suffix(".yaml"))
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=_environment(job.config)
+        )
+
+
+def estimate(jobs: Sequence[Job]) -> str:
+    """A line per job, with the time that its remaining epochs would take, and the sum.
+
+    A few steps of each distinct recipe are run for it, uncompiled and with an untrained teacher.
+
+    Raises:
+        ConfigError: the data are missing or damaged.
+    """
+    steps: dict[str, float | None] = {}  # seconds, by recipe
+    lines, total = [], 0.0
+    for job in jobs:
+        if job.summary() is not None:
+            lines.append(f"{job.name}: finished")
+            continue
+        recipe = job.name.rpartition("/")[0]
+        if recipe not in steps:
+            steps[recipe] = measure(job)
+        step = steps[recipe]
+        epochs = job.config.epochs - len(job.history())
+        if step is None:
+            lines.append(f"{job.name}: {epochs} epochs, not measured")
+            continue
+        sizes = _sizes(job.config.dataset, job.config.data_dir)
+        seconds = (sizes.train + EVALUATION * sizes.test) / job.config.batch_size * step
+        total += epochs * seconds
+        lines.append(
+            f"{job.name}: {epochs} epochs of {seconds:.0f} s ({1000 * step:.0f} ms a step), "
+            f"{duration(epochs * seconds)}"
+        )
+    return "\n".join([*lines, f"together {duration(total)}, one at a time"])
+
+
+def measure(job: Job) -> float | None:
+    """Seconds per training step; None, and a line on stderr, where it can't be measured.
+
+    The steps are epochs of one batch each: metrics.jsonl has the time of every epoch.
+    """
+    sizes = _sizes(job.config.dataset, job.config.data_dir)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        keys = job.config.model_dump(mode="json", by_alias=True)
+        keys |= {"output-dir": str(folder / "run"), "resume": "never", "max-steps": MEASURED_STEPS}
+        keys |= {"compile": False, "limit-test": min(sizes.test, max(sizes.classes, 100))}
+        keys |= {"limit-train": min(sizes.train, job.config.batch_size), "at-start-epoch": 0}
+        keys["epochs"] = max(job.config.epochs, MEASURED_STEPS)
+        if job.config.teacher:
+            teacher = models.create(job.config.teacher, sizes.classes)
+            torch.save(teacher.state_dict(), folder / "teacher.pt")
+            keys["teacher-checkpoint"] = str(folder / "teacher.pt")
+        config = make_config(keys)
+        with open(folder / "log", "wb") as log:
+            command, environment = _command(config, folder / "recipe.yaml"), _environment(config)
+            code = subprocess.call(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+        if code:
+            print(f"benchmarks.paper: can't measure {job.name}: {last_line(folder / 'log')}", file=sys.stderr)
+            return None
+        epochs = (folder / "run/metrics.jsonl").read_text().splitlines()
+        return float(median(json.loads(line)["seconds"] for line in epochs[1:]))
+
+
+class Sizes(NamedTuple):
+    """Numbers of images and of classes of a data set."""
+
+    train: int
+    test: int
+    classes: int
+
+
+@cache
+def _sizes(dataset: str, data_dir: Path | None) -> Sizes:
+    config = make_config({"student": "-", "dataset": dataset, "data-dir": data_dir})
+    loaded = data.load(config, torch.device("cpu"))
+    return Sizes(len(loaded.train), len(loaded.test), loaded.classes)
+
+
+def duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def log_path(job: Job, logs: Path) -> Path:
+    return logs / f"{job.name.replace('/', '-')}.log"
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def _command(config: Config, recipe: Path) -> list[str]:
+    recipe.write_text(config.to_yaml())
+    return [sys.executable, str(ROOT / "train.py"), "--recipe", str(recipe)]
+
+
+def _environment(config: Config) -> dict[str, str]:
+    return os.environ | ({"OMP_NUM_THREADS": str(config.threads)} if config.threads else {})

@@ -1,0 +1,193 @@
+"""The recipes: that they resolve, name what exists, say what the paper says, and are all indexed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import models
+import train
+from benchmarks.paper_plan import LABELS, TABLES, Plan
+from trainer.config import Config, load_recipe, make_config, parse_args
+from trainer.objectives import tap_names
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.name != "tables.yaml")
+COMPLETE = [path for path in FILES if path.name != "base.yaml" and "student" in load_recipe(path)]
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(RECIPES).with_suffix(""))
+
+
+def resolve(name: str) -> Config:
+    config, _ = parse_args(
+        ["--recipe", f"{RECIPES / name}.yaml", "--data-dir", "d", "--teacher-checkpoint", "t"]
+    )
+    return config
+
+
+@pytest.mark.parametrize("path", COMPLETE, ids=named)
+def test_every_recipe_resolves_and_names_what_exists(path: Path) -> None:
+    config = resolve(named(path))
+    assert make_config(yaml.safe_load(config.to_yaml())) == config
+    classes = 1000 if named(path).startswith("table5") else 10
+    with torch.device("meta"):
+        student = models.create(config.student, classes)
+        if config.uses_features:
+            teacher = models.create(str(config.teacher), classes)
+            for model, names in zip((student, teacher), tap_names(config, student, teacher), strict=True):
+                assert names
+                for name in names:
+                    model.get_submodule(name)
+    for name in config.freeze:
+        student.get_submodule(name)
+    assert (config.teacher is not None) == config.needs_teacher
+
+
+def test_incomplete_recipes_are_bases_or_schedules() -> None:
+    bases = {
+        (path.parent / str(yaml.safe_load(path.read_text()).get("base", "-"))).resolve() for path in FILES
+    }
+    schedules = {RECIPES / "short/base.yaml", RECIPES / "table3/short.yaml"}
+    assert set(FILES) - set(COMPLETE) <= bases | schedules
+
+
+def test_a_recipe_shows_only_what_differs() -> None:
+    """A key that repeats its base's value is noise; the student's and the method's, which say what a file is,
+    and the authors' own values in at.yaml are meant."""
+    for path in FILES:
+        own = yaml.safe_load(path.read_text())
+        if "base" in own and path.name not in ("at.yaml", "kd.yaml"):
+            below = load_recipe(path.parent / own.pop("base"))
+            assert not [key for key in own if below.get(key) == own[key]], path
+
+
+FACTS = """
+table1/wrn-16-1: {lr: 0.1, batch-size: 128, epochs: 200, weight-decay: 5.0e-4, momentum: 0.9, method: none,
+  lr-schedule: step, lr-milestones: [60, 120, 160], lr-gamma: 0.2, augment: crop-flip, amp: none}
+table1/wrn-16-1-from-wrn-16-2/at: {student: wrn-16-1, teacher: wrn-16-2, method: at, beta: 1000,
+  distance: mse, p: 2, mapping: sum, normalize: l2, taps: groups, beta-schedule: constant, lr: 0.1}
+table1/wrn-16-1-from-wrn-16-2/at-eq2: {method: at, beta: 0.05, distance: norm, norm-order: 2, p: 2}
+table1/wrn-16-1-from-wrn-40-1/kd: {method: kd, temperature: 4, alpha: 0.9, teacher: wrn-40-1}
+table1/wrn-16-2-from-wrn-40-2/at-kd: {method: at+kd, beta: 1000, beta-schedule: linear, temperature: 4,
+  alpha: 0.9, student: wrn-16-2, teacher: wrn-40-2, distance: mse}
+table1/wrn-16-2-from-wrn-40-2/at-kd-code: {method: at+kd, beta: 1000, beta-schedule: constant}
+table1/nin-thin-from-nin-wide/hints: {method: hints, beta-schedule: linear, teacher: nin-wide}
+table1/nin-wide-rawpool: {augment: crop-flip, weight-decay: 5.0e-4}
+table2/f-sum: {p: 1, mapping: sum, beta: 1000}
+table2/f-sum4: {p: 4, mapping: sum, beta: 1000}
+table2/f-max: {p: 1, mapping: max, beta: 1000}
+groups/group1: {taps: group1, p: 2, beta: 1000}
+groups/group2: {taps: group2}
+groups/group3: {taps: group3}
+table3/none: {student: nin-thin-nobn-rawpool, augment: flip, weight-decay: 0, deterministic: true}
+table3/at: {student: nin-thin-nobn-rawpool, teacher: nin-wide-rawpool, taps: convs, weight-decay: 0}
+table3/grad-at: {teacher: nin-wide, augment: flip, weight-decay: 0}
+table4/cub/at: {dataset: cub, pretrained: true, freeze-bn: true, freeze: [layer1], taps: [layer3, layer4],
+  student: resnet-18, teacher: resnet-34, method: at}
+table4/scenes/teacher: {dataset: imagefolder, pretrained: true, freeze-bn: true, freeze: [layer1],
+  student: resnet-34}
+table5/at: {dataset: imagefolder, batch-size: 256, epochs: 100, lr: 0.1, lr-milestones: [30, 60, 90],
+  lr-gamma: 0.1, weight-decay: 1.0e-4, taps: [layer3, layer4], at-start-epoch: 60, method: at, p: 2}
+table5/at-code: {taps: groups, at-start-epoch: 0}
+"""
+
+
+@pytest.mark.parametrize("name, facts", yaml.safe_load(FACTS).items())
+def test_facts_of_the_paper_and_its_code(name: str, facts: dict[str, Any]) -> None:
+    config = resolve(name).model_dump(mode="json", by_alias=True)
+    assert {key: config[key] for key in facts} == facts
+
+
+def paper(table: str, row: str) -> list[float]:
+    """Errors of a row as the paper prints them, teacher last, variants left out."""
+    cells = TABLES[table]["rows"][row]
+    return [cell["paper"] for cell in cells.values() if "paper" in cell]
+
+
+def test_figures_of_the_paper() -> None:
+    assert paper("table1", "nin-thin-from-nin-wide") == [9.38, 8.93, 9.05, 8.55, 8.33, 7.28]
+    assert paper("table1", "wrn-16-1-from-wrn-16-2") == [8.77, 7.93, 8.51, 7.41, 7.51, 6.31]
+    assert paper("table1", "wrn-16-1-from-wrn-40-1") == [8.77, 8.25, 8.62, 8.39, 8.01, 6.58]
+    assert paper("table1", "wrn-16-2-from-wrn-40-2") == [6.31, 5.85, 6.24, 6.08, 5.71, 5.23]
+    assert list(TABLES["table1"]["rows"]["nin-thin-from-nin-wide"]) == [
+        "student", "at", "at-eq2", "hints", "kd", "at-kd", "at-kd-code", "teacher",
+    ]  # fmt: skip
+    (table2,), (groups,), (table3,), (table5,) = (
+        TABLES[t]["rows"] for t in ("table2", "groups", "table3", "table5")
+    )
+    assert paper("table2", table2) == [8.77, 7.99, 7.93, 8.09, 8.08, 6.31]
+    assert paper("groups", groups) == [8.77, 8.11, 7.96, 7.97, 7.93, 6.31]
+    assert paper("table3", table3) == [13.5, 12.5, 12.1, 12.1, 11.8, 11.2]
+    assert [paper("table4", row) for row in ("cub", "scenes")] == [
+        [28.5, 27.0, 27.0, 26.5],
+        [28.2, 28.1, 27.1, 26.0],
+    ]
+    assert paper("table5", table5) == [30.4, 29.3, 26.1]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_cell_has_a_recipe_of_its_row(table: str) -> None:
+    for row, cells in TABLES[table]["rows"].items():
+        for column, cell in cells.items():
+            config = resolve(cell["recipe"])
+            assert (config.method == "none") == (column in ("student", "teacher", "at-teacher")), (
+                row,
+                column,
+            )
+            if "-from-" in row and column not in ("teacher", "at-teacher"):
+                student, teacher = row.split("-from-")
+                assert config.student.startswith(student)
+                assert config.teacher is None or config.teacher.startswith(teacher)
+            if config.teacher:
+                teachers = resolve(cell.get("teacher", cells["teacher"]["recipe"]))
+                assert (teachers.student, teachers.dataset) == (config.teacher, config.dataset)
+
+
+def test_the_index_names_every_cell() -> None:
+    text = (RECIPES / "README.md").read_text()
+    for table in TABLES.values():
+        section = text.partition(f"### {table['title']}\n")[2].partition("###")[0]
+        for row, cells in table["rows"].items():
+            for column, cell in cells.items():
+                figure = f"{cell['paper']:.2f}" if "paper" in cell else ""
+                recipe = cell["recipe"]
+                label = LABELS.get(column, column)
+                line = (
+                    f"| {row.replace('-from-', ' ← ')} | {label} | [{recipe}]({recipe}.yaml) | {figure} |\n"
+                )
+                assert line in section
+
+
+def test_the_short_recipes_are_those_of_table_1_in_short(tmp_path: Path) -> None:
+    plan = Plan("table1", "short", tmp_path, tmp_path, rows=["wrn-16-1-from-wrn-16-2"], seeds=1)
+    jobs = {cell.column: cell.jobs[0].config for cell in plan.cells}
+    names = {
+        "student": "wrn-16-1",
+        "at": "wrn-16-1-at",
+        "kd": "wrn-16-1-kd",
+        "at-kd": "wrn-16-1-at-kd",
+        "teacher": "wrn-16-2",
+    }
+    paths = ("data_dir", "output_dir", "teacher_checkpoint")
+    for column, name in names.items():
+        short = resolve(f"short/{name}").model_dump(exclude=set(paths))
+        assert jobs[column].model_dump(exclude=set(paths)) == short
+
+
+def test_train_prints_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = RECIPES / "table2/f-max.yaml"
+    words = ["--recipe", str(recipe), "--data-dir", "d", "--teacher-checkpoint", "t", "--print-config"]
+    assert train.main(words) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["mapping"], printed["p"], printed["epochs"], printed["teacher"]) == (
+        "max",
+        1.0,
+        200,
+        "wrn-16-2",
+    )
