@@ -70,12 +70,16 @@ def rows_are_contiguous(feat: Tensor) -> bool:
     return spacing == 1 or channel_stride == 1 or channels == 1
 
 
+_known_limits: dict[int, tuple[str, int]] = {}
+
+
 @torch.compiler.assume_constant_result
-@cache
 def _limits(device: int) -> tuple[str, int]:
     """Why the library can't run on the device, or "", and the positions of its largest map."""
-    problem = torch.ops.at_fused_cuda.problem_with(device)
-    return problem, 0 if problem else torch.ops.at_fused_cuda.largest_map(device)
+    if device not in _known_limits:  # not functools.cache, which Dynamo looks through
+        problem = torch.ops.at_fused_cuda.problem_with(device)
+        _known_limits[device] = problem, 0 if problem else torch.ops.at_fused_cuda.largest_map(device)
+    return _known_limits[device]
 
 
 def attention_maps(feats: Sequence[Tensor], p: float, mapping: str) -> list[Tensor]:
