@@ -1,5 +1,5 @@
-// Stacks and switching between them. swapcontext would do, but for a system call each time: on x86-64 that was most
-// of a kernel's time.
+// Stacks and switching between them. swapcontext would do, but for a system call each time: on x86-64 that was
+// most of a kernel's time.
 #pragma once
 
 #include <cstddef>

@@ -24,10 +24,11 @@ Floats block_sum(const Floats& x, const std::string& fault) {
 }
 
 // x (blocks, threads) -> (blocks, threads)
-Floats warp_scan(const Floats& x, const std::string& fault) {
+template <void (*kernel)(const float*, float*, layer::Fault)>
+Floats each_thread(const Floats& x, const std::string& fault) {
   const unsigned blocks = x.shape(0), threads = x.shape(1);
   Floats sums({blocks, threads});
-  launch(layer::warp_scan, {blocks, threads}, x.data(), sums.mutable_data(), fault_named(fault));
+  launch(kernel, {blocks, threads}, x.data(), sums.mutable_data(), fault_named(fault));
   return sums;
 }
 
@@ -68,7 +69,8 @@ PYBIND11_MODULE(simt_layer, module) {
   py::register_exception<simt::Error>(module, "Error", PyExc_RuntimeError);
   module.def("seed", [](uint64_t value) { simt::seed = value; });
   module.def("block_sum", block_sum, "x"_a, "fault"_a = "none");
-  module.def("warp_scan", warp_scan, "x"_a, "fault"_a = "none");
+  module.def("neighbour_sum", each_thread<layer::neighbour_sum>, "x"_a, "fault"_a = "none");
+  module.def("warp_scan", each_thread<layer::warp_scan>, "x"_a, "fault"_a = "none");
   module.def("last_block_sum", last_block_sum, "x"_a, "fault"_a = "none");
   module.def("cluster_sum", cluster_sum, "x"_a, "fault"_a = "none");
   module.def("round_trip_bf16", round_trip<__nv_bfloat16>);

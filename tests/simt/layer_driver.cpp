@@ -1,5 +1,5 @@
-// Runs every kernel of the layer's tests, with the fault named on the command line or none. What the sanitizers say
-// is the test.
+// Runs every kernel of the layer's tests, with the fault named on the command line or none. What the sanitizers
+// say is the test.
 #include <cstdio>
 #include <numeric>
 #include <vector>
@@ -25,6 +25,7 @@ int main(int count, char** arguments) {
     const float sum = std::accumulate(y.begin(), y.begin() + blocks, 0.0f);
     if (fault == Fault::none && (total != expected || sum != expected)) return std::puts("wrong sum"), 1;
     launch(layer::warp_scan, {blocks, threads}, x.data(), y.data(), fault);
+    launch(layer::neighbour_sum, {blocks, threads}, x.data(), y.data(), fault);
     launch(layer::cluster_sum, {blocks, threads, 2, threads * sizeof(float)}, x.data(), y.data(), fault);
     const int quads = x.size() / 4 - (fault == Fault::misaligned);
     launch(layer::round_trip<__half>, {1, threads}, x.data(), y.data(), halves.data(), quads, fault);

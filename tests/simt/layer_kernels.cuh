@@ -13,6 +13,7 @@ enum class Fault {
   overrun,        // reads one element past shared memory
   uninitialized,  // reads shared memory that nothing was written to
   no_barrier,     // reads what other threads write without waiting for them
+  no_syncwarp,    // the same within a warp, where a shuffle is no barrier to memory
   no_fence,       // the last block reads the others' results without a fence
   early_exit,     // a block returns while others of its cluster read its shared memory
   misaligned,     // a vector load off its alignment
@@ -45,6 +46,16 @@ __global__ void warp_scan(const float* x, float* sums, Fault fault) {
     if (lane >= delta) sum += before;
   }
   sums[i] = sum;
+}
+
+// sums[i] = x[i] + x[i ^ 1]: twice the neighbour's value by shuffle, less once by way of shared memory.
+__global__ void neighbour_sum(const float* x, float* sums, Fault fault) {
+  __shared__ float values[1024];
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  values[threadIdx.x] = x[i];
+  const float twice = __shfl_xor_sync(0xffffffff, 2 * x[i], 1);
+  if (fault != Fault::no_syncwarp) __syncwarp();
+  sums[i] = x[i] + twice - values[threadIdx.x ^ 1];
 }
 
 // total = sum of blocks x blockDim.x values; the last block to finish adds the blocks' sums in their order.

@@ -11,6 +11,7 @@ inline Fault fault_named(const std::string& name) {
       {"overrun", Fault::overrun},
       {"uninitialized", Fault::uninitialized},
       {"no_barrier", Fault::no_barrier},
+      {"no_syncwarp", Fault::no_syncwarp},
       {"no_fence", Fault::no_fence},
       {"early_exit", Fault::early_exit},
       {"misaligned", Fault::misaligned},
