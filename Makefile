@@ -8,6 +8,7 @@ TORCHVISION ?= torchvision==0.28.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.at_fused-ready# made by a complete, ordinary install only: anything less is tried again
+TOOLS := $(VENV)/.tools-ready
 PARALLEL := -q -n auto --dist loadfile --benchmark-disable# a file's tests share what it trains
 CODE := at_fused models trainer train.py benchmarks examples
 INPUTS := pyproject.toml setup.py at_fused/__init__.py $(shell find csrc -type f 2>/dev/null)
@@ -31,24 +32,29 @@ $(READY): $(INPUTS) | $(BIN)/python
 	@$(PIP) install -qq $(TORCH)
 	@echo "[setup] $(TORCHVISION), build tools"
 	@$(PIP) install -qq $(TORCHVISION) 'setuptools>=77' wheel ninja
-	@echo "[setup] at_fused and its extras"
-	@$(PIP) install -v --no-build-isolation -e '.[train,dev,examples,docs]' > $(VENV)/install.log 2>&1 \
+	@echo "[setup] at_fused"
+	@$(PIP) install -v --no-build-isolation -e '.[train]' > $(VENV)/install.log 2>&1 \
 		|| { tail -n 30 $(VENV)/install.log; echo "[setup] failed; the whole log: $(VENV)/install.log"; exit 1; }
 	@sed -n 's/^ *\(at_fused: .*\)/[setup] \1/p' $(VENV)/install.log
 	@grep -q 'at_fused: installing without' $(VENV)/install.log || touch $@
 
-test: setup ## run every test
+$(TOOLS): pyproject.toml | $(READY)
+	@echo "[setup] tools for tests, examples and documentation"
+	@$(PIP) install -qq --no-build-isolation -e '.[train,dev,examples,docs]'
+	@touch $@
+
+test: $(READY) $(TOOLS) ## run every test
 	@echo "[test] pytest"
 	@$(BIN)/python -m pytest $(PARALLEL)
 
 demo: setup ## train a teacher, a student and a student with attention transfer on digits
 	@$(BIN)/python examples/demo.py
 
-docs: setup ## build the guide and the API reference into build/site, and check them
+docs: $(READY) $(TOOLS) ## build the guide and the API reference into build/site, and check them
 	@$(BIN)/zensical build --strict --clean
 	@$(BIN)/python -m pytest -q tests/test_docs.py
 
-lint: setup ## ruff and mypy
+lint: $(READY) $(TOOLS) ## ruff and mypy
 	@echo "[lint] ruff check" && $(BIN)/ruff check --quiet .
 	@echo "[lint] ruff format" && $(BIN)/ruff format --check --quiet .
 	@echo "[lint] mypy" && $(BIN)/mypy --no-error-summary $(CODE)
@@ -68,7 +74,7 @@ gpu: ## build, test and measure on a GPU, in pieces; again to go on: make gpu RE
 # The sanitized package lies in a folder of its own; pytest (unlike python -m pytest) imports it from there.
 SANITIZED := build/sanitized
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
-sanitize: setup ## run the library's tests on a build with AddressSanitizer and UBSan
+sanitize: $(READY) $(TOOLS) ## run the library's tests on a build with AddressSanitizer and UBSan
 	@echo "[sanitize] build"
 	@rm -rf $(SANITIZED)
 	@AT_FUSED_SANITIZE=address,undefined AT_FUSED_REQUIRE_EXTENSION=1 \
@@ -80,9 +86,9 @@ sanitize: setup ## run the library's tests on a build with AddressSanitizer and 
 	@$$($(BIN)/python tests/simt/build.py attention_driver address,undefined)
 	@$$($(BIN)/python tests/simt/build.py attention_driver thread)
 
-soak: setup ## the property and stress tests at length: about half an hour
+soak: $(READY) $(TOOLS) ## the property and stress tests at length: about half an hour
 	@AT_FUSED_EXAMPLES=20000 AT_FUSED_SOAK=10 $(BIN)/python -m pytest -q tests/test_properties.py \
 		tests/test_stress.py tests/test_kills.py
 
 clean: ## remove what was built (keeps .venv and runs)
-	@rm -rf build dist *.egg-info at_fused/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis $(READY)
+	@rm -rf build dist *.egg-info at_fused/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis $(READY) $(TOOLS)
