@@ -129,6 +129,7 @@ def curves(result: Entry) -> bytes:
     A panel per row of the table; the teacher's last test error is a dotted line.
     """
     from matplotlib.figure import Figure  # seconds to import: only those who plot pay
+    from matplotlib.ticker import MaxNLocator
 
     rows = list(dict.fromkeys(entry["row"] for entry in result["cells"] if entry["runs"]))
     figure = Figure(figsize=(6.5 * min(len(rows), 2), 4.4 * -(-len(rows) // 2)), layout="constrained")
@@ -149,6 +150,7 @@ def curves(result: Entry) -> bytes:
             top = max(top, *test[len(test) // 4 :], *train[len(train) // 4 :])
         axes.set(title=entries[0]["pair"], xlabel="epoch", ylabel="error, %", ylim=(0, 1.1 * top or None))
         axes.legend(frameon=False, fontsize=9, title="test error (dashed: training)", title_fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels:  # an odd number of rows leaves one
