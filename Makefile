@@ -43,9 +43,16 @@ $(TOOLS): pyproject.toml | $(READY)
 	@$(PIP) install -qq --no-build-isolation -e '.[train,dev,examples,docs]'
 	@touch $@
 
+# The suite's tests of the Triton backend, whose interpreter, once asked for, serves every CPU tensor.
+INTERPRETED := $(patsubst %,tests/test_%.py,attention_map attention_loss compositions properties) \
+	-k 'triton or test_properties'
+
 test: $(READY) $(TOOLS) ## run every test
 	@echo "[test] pytest"
 	@$(BIN)/python -m pytest $(PARALLEL)
+	@if $(BIN)/python -c 'import triton' 2> /dev/null; then \
+		echo "[test] pytest in Triton's interpreter"; \
+		TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED); fi
 
 demo: setup ## train a teacher, a student and a student with attention transfer on digits
 	@$(BIN)/python examples/demo.py

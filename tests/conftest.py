@@ -2,13 +2,17 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
+
+    # Half of the time, for checks that a program outside debug mode does not heed.
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
 
     call = InterpretedFunction.__call__
     ready: set[str] = set()

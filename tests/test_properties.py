@@ -18,7 +18,7 @@ import at_fused
 # more than CI, new ones each time; a failure prints how to repeat it.
 EXAMPLES = int(os.environ.get("AT_FUSED_EXAMPLES", "0"))
 bounded = settings(
-    max_examples=EXAMPLES or 120,
+    max_examples=EXAMPLES or (40 if cases.INTERPRETED else 120),
     derandomize=not EXAMPLES,
     print_blob=True,
     deadline=None,

@@ -89,28 +89,33 @@ def _rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _in_space(position, inner_sizes, strides, CV: tl.constexpr):
-    """Offsets of positions, counted along the grid."""
-    offset = position * 0
-    for i in tl.static_range(len(inner_sizes), 0, -1):
-        offset += position % inner_sizes[i - 1] * (strides[i] // CV * CV)
-        position //= inner_sizes[i - 1]
-    return offset + position * (strides[0] // CV * CV)
+def _in_space(position, inner_sizes, strides, PV: tl.constexpr, CV: tl.constexpr):
+    """Offsets of positions, counted along the grid; rows of the innermost dimension begin at vectors."""
+    if len(inner_sizes) == 0:
+        offset = position * (strides[0] // CV * CV)
+    else:
+        size = inner_sizes[len(inner_sizes) - 1] // PV * PV
+        offset = position % size * (strides[len(inner_sizes)] // CV * CV)
+        position //= size
+        for i in tl.static_range(len(inner_sizes) - 1, 0, -1):
+            offset += position % inner_sizes[i - 1] * (strides[i] // (PV * CV) * (PV * CV))
+            position //= inner_sizes[i - 1]
+        offset += position * (strides[0] // (PV * CV) * (PV * CV))
+    return offset
 
 
 @triton.jit
 def _rows(feat, sample, position, inner_sizes, PV: tl.constexpr, CV: tl.constexpr):
     """Pointers (1, block_p) to the first channel at some positions of a sample."""
     first = feat[0] + sample.to(tl.int64) * (feat[1] // (PV * CV) * (PV * CV))
-    return (first + _in_space(position, inner_sizes, feat[3], CV))[None, :]
+    return (first + _in_space(position, inner_sizes, feat[3], PV, CV))[None, :]
 
 
 @triton.jit
 def _of_map(attention, sample, position, inner_sizes):
     """Pointers (block_p,) to some positions of a sample's map."""
-    return (
-        attention[0] + sample.to(tl.int64) * attention[1] + _in_space(position, inner_sizes, attention[2], 1)
-    )
+    first = attention[0] + sample.to(tl.int64) * attention[1]
+    return first + _in_space(position, inner_sizes, attention[2], 1, 1)
 
 
 # --- raw maps ---------------------------------------------------------------------------------------
@@ -294,7 +299,7 @@ def gradients_kernel(
 
 # --- the loss of given maps -------------------------------------------------------------------------
 
-BLOCK = tl.constexpr(1024)  # positions or samples at a time
+BLOCK = tl.constexpr(512)  # positions or samples at a time
 
 
 @triton.jit
@@ -304,15 +309,15 @@ def _fp64(parts):
 
 
 @triton.jit
-def _norm(attention, positions, eps):
-    """l2 norm of a map, not below eps, and whether it would be."""
+def _inverse_norm(attention, positions, eps):
+    """1 / max(|map|, eps) for the l2 norm, and whether eps is the greater."""
     squares = tl.zeros([BLOCK], tl.float64)
     for first in range(0, positions, BLOCK):
         position = first + tl.arange(0, BLOCK)
         q = tl.load(attention + position, position < positions, 0).to(tl.float64)
         squares += q * q
     norm = tl.sqrt(tl.sum(squares, 0))
-    return tl.where(norm < eps, eps, norm), norm < eps  # NaN stays
+    return 1 / tl.where(norm < eps, eps, norm), norm < eps  # NaN stays
 
 
 @triton.jit
@@ -330,16 +335,16 @@ def _distance(
     With u, v the normalised maps and d = u - v: d|d|^2/dQ_S = 2 (d - u <u, d>) / |Q_S|, and likewise for v.
     In fp64: the squares of large maps overflow fp32.
     """
-    student_norm, student_clamped = _norm(student, positions, eps)
-    teacher_norm, teacher_clamped = _norm(teacher, positions, eps)
+    student_inverse, student_clamped = _inverse_norm(student, positions, eps)
+    teacher_inverse, teacher_clamped = _inverse_norm(teacher, positions, eps)
     squares = tl.zeros([BLOCK], tl.float64)
     along_student = tl.zeros([BLOCK], tl.float64)
     along_teacher = tl.zeros([BLOCK], tl.float64)
     for first in range(0, positions, BLOCK):
         position = first + tl.arange(0, BLOCK)
         there = position < positions
-        u = tl.load(student + position, there, 0).to(tl.float64) / student_norm
-        v = tl.load(teacher + position, there, 0).to(tl.float64) / teacher_norm
+        u = tl.load(student + position, there, 0).to(tl.float64) * student_inverse
+        v = tl.load(teacher + position, there, 0).to(tl.float64) * teacher_inverse
         squares += (u - v) * (u - v)
         along_student += u * (u - v)
         along_teacher += v * (u - v)
@@ -349,12 +354,14 @@ def _distance(
         for first in range(0, positions, BLOCK):
             position = first + tl.arange(0, BLOCK)
             there = position < positions
-            u = tl.load(student + position, there, 0).to(tl.float64) / student_norm
-            v = tl.load(teacher + position, there, 0).to(tl.float64) / teacher_norm
+            u = tl.load(student + position, there, 0).to(tl.float64) * student_inverse
+            v = tl.load(teacher + position, there, 0).to(tl.float64) * teacher_inverse
             if STUDENT_SLOPES:
-                tl.store(student + position, (u - v - u * on_student) * (2 * factor / student_norm), there)
+                slope = (u - v - u * on_student) * (2 * factor * student_inverse)
+                tl.store(student + position, slope, there)
             if TEACHER_SLOPES:
-                tl.store(teacher + position, (v - u + v * on_teacher) * (2 * factor / teacher_norm), there)
+                slope = (v - u + v * on_teacher) * (2 * factor * teacher_inverse)
+                tl.store(teacher + position, slope, there)
     return tl.sum(squares, 0)
 
 

@@ -228,8 +228,9 @@ def _layout(
     position_vector = channel_vector = 1
     if feat_channel == grad_channel == 1:
         channel_vector = math.gcd(_VECTOR, channels, feat_batch, grad_batch, *feat_space, *grad_space)
-    elif feat_space == grad_space == (1,):
-        position_vector = math.gcd(_VECTOR, positions, feat_batch, grad_batch, feat_channel, grad_channel)
+    elif feat_space[-1] == grad_space[-1] == 1:
+        rows = (sizes[-1], *feat_space[:-1], *grad_space[:-1])
+        position_vector = math.gcd(_VECTOR, *rows, feat_batch, grad_batch, feat_channel, grad_channel)
 
     last = [
         sum((size - 1) * stride for size, stride in zip((channels, *sizes), strides, strict=True))
@@ -252,10 +253,10 @@ def _tile(
     channels: int, positions: int, dtype: torch.dtype, position_vector: int, channel_vector: int, mapping: str
 ) -> tuple[int, int]:
     """Channels and positions of a tile: what 128 threads hold in registers, in rows of 128 bytes or more."""
-    if dtype == torch.float64:
-        elements = 1024
-    else:  # addresses of single elements and the strongest channels take registers too
-        elements = 4096 if mapping == "sum" and max(position_vector, channel_vector) >= 4 else 2048
+    if dtype == torch.float64 or max(position_vector, channel_vector) < 4:
+        elements = 1024  # addresses of single elements take registers, too
+    else:
+        elements = 4096 if mapping == "sum" else 2048  # max keeps the strongest channels as well
     block_c = _block(channels, elements // _block(positions, 128 if position_vector > 1 else 64))
     block_p = _block(positions, elements // block_c)
     return block_c, block_p

@@ -1,0 +1,361 @@
+"""The Triton backend beyond its numbers, which the suite checks in Triton's interpreter: what it compiles to
+for GPUs that need not be there, what it launches, and what it asks of its surroundings."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import feature
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import at_fused
+from at_fused import backends
+
+triton = pytest.importorskip("triton")
+backend = backends.modules["triton"]
+compiles = pytest.mark.skipif(cases.INTERPRETED, reason="the interpreter's kernels can't be compiled")
+
+ARCHITECTURES = [80, 90, 100]
+TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+}
+
+
+# --- ahead-of-time compilation ----------------------------------------------------------------------
+
+
+class Launch:
+    """Arguments of a kernel's launch."""
+
+    def __init__(self, kernel: str, at: Tensor, programs: int, *arguments: Any, **constants: Any) -> None:
+        self.kernel, self.at, self.programs = kernel, at, programs
+        self.arguments, self.constants = arguments, constants
+
+    def compile(self, architecture: int) -> Any:
+        """The kernel as the launch would compile it, for a GPU of this architecture."""
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        from at_fused.backends import _triton_kernels
+
+        function = getattr(_triton_kernels, self.kernel)
+        constants = {(function.arg_names.index(name),): value for name, value in self.constants.items()}
+        signature = dict.fromkeys(function.arg_names, "constexpr")
+        divisible: dict[tuple[int, ...], list[list[Any]]] = {}
+
+        def type_of(value: Any, path: tuple[int, ...]) -> Any:
+            plain = function.arg_names[path[0]] in function.do_not_specialize
+            if isinstance(value, tuple):
+                return tuple(type_of(item, (*path, i)) for i, item in enumerate(value))
+            if isinstance(value, float):
+                return "fp32"
+            if value is None or (isinstance(value, int) and value == 1 and not plain):
+                constants[path] = value
+                return "constexpr"
+            if isinstance(value, Tensor) or (value % 16 == 0 and not plain):
+                divisible[path] = [["tt.divisibility", 16]]
+            return TYPES[value.dtype] if isinstance(value, Tensor) else f"i{32 if abs(value) < 2**31 else 64}"
+
+        names = [name for name in function.arg_names if name not in self.constants]
+        for name, value in zip(names, self.arguments, strict=True):
+            signature[name] = type_of(value, (function.arg_names.index(name),))
+        source = ASTSource(function, signature, constexprs=constants, attrs=divisible)
+        return triton.compile(source, GPUTarget("cuda", architecture, 32), options=backend._OPTIONS)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """What would be launched; nothing is."""
+    recorded: list[Launch] = []
+    monkeypatch.setattr(backend, "_launch", lambda *a, **k: recorded.append(Launch(*a, **k)))
+    return recorded
+
+
+def resources(binary: Any, folder: Path) -> dict[str, int]:
+    """Registers, and bytes of stack (to which they are spilled), of shared and of local memory."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    printed = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", printed)
+    assert len(found) == 4, printed
+    return {name: int(value) for name, value in found}
+
+
+def every_kind() -> list[Tensor]:
+    """Each dtype with vectors of positions, of channels, and without; and what is the same for all dtypes."""
+    feats = [far_apart := cases.far_apart((2, 3, 4, 2), 1)]
+    assert layout_of(far_apart).kind.wide
+    for dtype in cases.DTYPES:
+        options = {"dtype": dtype, "layout": Tensor.contiguous}
+        feats += [
+            feature(3, 64, 16, 16, **options),
+            feature(3, 64, 16, 16, **options | {"layout": cases.channels_last}),
+            feature(3, 33, 7, 7, **options),
+        ]
+    feats += [feature(3, 33, 7, 7, layout=cases.channels_last), feature(3, 6, 5, 4, layout=cases.sliced)]
+    return [feat.detach() for feat in feats]
+
+
+def layout_of(feat: Tensor) -> Any:
+    attention = backend.empty_map(feat)
+    return backend._layout(feat.dtype, "sum", feat.shape, feat.stride(), attention.stride())
+
+
+# As the reference's own cases: 1, 2, 4, another whole number and none; max meets p only after its search.
+EXPONENTS = [(1, "sum"), (2, "sum"), (4, "sum"), (3, "sum"), (2.5, "sum"), (2, "max"), (2.5, "max")]
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("p, mapping", EXPONENTS)
+def test_every_specialisation_compiles_without_spilling(
+    p: float, mapping: str, architecture: int, launches: list[Launch], tmp_path: Path
+) -> None:
+    feats = every_kind()
+    maps = backend.attention_maps(feats, p, mapping)
+    backend.attention_maps_backward(feats, maps, torch.ones(()), p, mapping)
+    for launch in launches:
+        used = resources(launch.compile(architecture), tmp_path)
+        assert used["STACK"] == used["LOCAL"] == 0, f"{launch.kernel}: {used}"
+
+
+@compiles
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("reduce", [True, False])
+@pytest.mark.parametrize("student_slopes, teacher_slopes", [(True, True), (True, False), (False, False)])
+def test_the_loss_of_maps_compiles_without_spilling(
+    student_slopes: bool,
+    teacher_slopes: bool,
+    reduce: bool,
+    architecture: int,
+    launches: list[Launch],
+    tmp_path: Path,
+) -> None:
+    feats = [feature(3, 4, 5, 5, dtype=dtype).detach() for dtype in (torch.float64, torch.float16)]
+    options = (2.0, "sum", 1e-12, reduce, student_slopes, teacher_slopes, False)
+    backend.attention_loss(feats, feats, [1.0, 0.5], *options)
+    used = resources(launches[1].compile(architecture), tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0, used
+
+
+def global_accesses(binary: Any) -> list[tuple[str, int]]:
+    """Every load and store of global memory: which of the two, and its bits."""
+    found = re.findall(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfus](\d+)\b", binary.asm["ptx"])
+    return [(kind, int(count or 1) * int(bits)) for kind, count, bits in found]
+
+
+@compiles
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "shape, layout, dtype, bits",
+    [
+        *[((3, 64, 32, 32), Tensor.contiguous, dtype, 128) for dtype in cases.DTYPES],
+        *[((3, 64, 32, 32), cases.channels_last, dtype, 128) for dtype in cases.DTYPES],
+        ((3, 24, 16, 9), cases.transposed, torch.bfloat16, 128),
+        ((3, 24, 14, 14), cases.channels_first, torch.float32, 128),
+        ((3, 256, 14, 14), Tensor.contiguous, torch.bfloat16, 64),  # rows begin at multiples of 8 bytes
+        ((3, 40, 7, 7), cases.channels_last, torch.float16, 128),
+        ((3, 512, 7, 7), Tensor.contiguous, torch.float16, 16),  # and here of 2
+    ],
+    ids=cases.name_of,
+)
+def test_accesses_are_as_wide_as_the_layout_allows(
+    shape: tuple[int, ...],
+    layout: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    bits: int,
+    architecture: int,
+    launches: list[Launch],
+) -> None:
+    feat = feature(*shape, dtype=dtype, layout=layout).detach()
+    (attention,) = backend.attention_maps([feat], 2, "sum")
+    backend.attention_maps_backward([feat], [attention], None, 2, "sum")
+    maps, gradients = (global_accesses(launch.compile(architecture)) for launch in launches)
+    element = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).bits
+    assert {width for kind, width in maps if kind == "ld"} == {bits}
+    assert {width for kind, width in gradients if kind == "st"} == {bits}
+    # Backward also loads the map's gradient, whose width is its own.
+    assert {width for kind, width in gradients if kind == "ld"} <= {bits, element, 4 * element, 128}
+
+
+# --- launches ---------------------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators of PyTorch that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mapping", ["sum", "max"])
+@pytest.mark.parametrize("reduce", [True, False])
+def test_two_launches_forward_and_one_backward(mapping: str, reduce: bool, launches: list[Launch]) -> None:
+    """For all pairs of every kind, and beside them only allocations: no copy, and no wait for the device."""
+    students = every_kind()
+    teachers = [feature(*x.shape, seed=1, dtype=x.dtype, layout=cases.channels_last) for x in students]
+    with Operators() as called:
+        options = (2.5, mapping, 1e-12, reduce, True, True, False)
+        _, slopes, _ = backend.attention_loss(students, teachers, [0.5] * len(students), *options)
+    assert [launch.kernel for launch in launches] == ["maps_kernel", "loss_kernel"]
+    assert called.names <= {"empty"}
+    launches.clear()
+
+    scale = torch.ones(()) if reduce else torch.ones(()).expand(2 * len(students))
+    with Operators() as called:
+        backend.attention_maps_backward([*students, *teachers], slopes, scale, 2.5, mapping)
+    assert [launch.kernel for launch in launches] == ["gradients_kernel"]
+    assert called.names <= {"empty_like"}
+
+
+def test_a_map_gradient_is_read_where_it_is(launches: list[Launch]) -> None:
+    """sum() hands back one number, expanded."""
+    feat, expanded = feature(2, 3, 4, 5).detach(), torch.ones(()).expand(2, 4, 5)
+    backend.attention_maps_backward([feat], [expanded], None, 2, "sum")
+    ((tensor, *strides),) = launches[0].arguments[1]
+    assert tensor is expanded
+    assert strides == [0, (0,)]
+
+
+def test_nothing_is_launched_for_an_empty_batch(launches: list[Launch]) -> None:
+    empty = feature(0, 3, 4, 4).detach()
+    loss, slopes, _ = backend.attention_loss(
+        [empty], [empty], [1.0], 2, "sum", 1e-12, True, True, False, False
+    )
+    assert loss == 0
+    backend.attention_maps_backward([empty], slopes, loss, 2, "sum")
+    assert sum(launch.programs for launch in launches) == 0
+
+
+@compiles
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device: a model on the second GPU need not have made it current."""
+    from at_fused.backends import _triton_kernels
+
+    current: list[torch.device] = []
+
+    @contextmanager
+    def device(which: torch.device) -> Iterator[None]:
+        current.append(which)
+        yield
+        current.pop()
+
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            return lambda *a, **k: launched.append((grid, *current))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for name in ("maps_kernel", "loss_kernel", "gradients_kernel"):
+        monkeypatch.setattr(_triton_kernels, name, Kernel())
+    feat = feature(2, 4, 3, 3).detach()
+    _, slopes, _ = backend.attention_loss([feat], [feat], [1.0], 2, "sum", 1e-12, True, True, False, False)
+    backend.attention_maps_backward([feat], slopes, None, 2, "sum")
+    assert launched == [((4,), feat.device), ((2,), feat.device), ((2,), feat.device)]
+
+
+# --- layouts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", cases.DENSE, ids=cases.name_of)
+def test_the_space_of_dense_features_is_walked_in_the_order_of_memory(layout) -> None:
+    for shape in ((2, 3, 4, 5), (2, 3, 4, 5, 6), (1, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 5), (2, 3, 1, 1)):
+        feat = feature(*shape, layout=layout).detach()
+        found = layout_of(feat)
+        _, channels, positions, inner = found.grid
+        assert (channels, positions) == (shape[1], math.prod(shape[2:]))
+        steps = found.feat[2]
+        assert list(steps) == sorted(steps, reverse=True)
+        if layout is not cases.transposed:  # whose map is walked across
+            assert inner == ()
+
+
+def test_a_kind_does_not_depend_on_the_batch() -> None:
+    """Else the last batch of an epoch would wait for a compilation of its own."""
+    for layout in (*cases.DENSE[:4], cases.sliced):
+        kinds = {layout_of(feature(batch, 48, 14, 14, layout=layout)).kind for batch in (2, 3, 16, 31)}
+        assert len(kinds) == 1
+
+
+def test_kinds_are_few() -> None:
+    kinds = {
+        layout_of(feature(2, channels, *size, layout=layout).detach()).kind[:3]
+        for channels in range(1, 70, 3)
+        for size in ((7, 7), (8, 8), (12, 9), (5, 30))
+        for layout in cases.LAYOUTS
+    }
+    assert len(kinds) <= 9, "a vector of 1 to 16 positions or channels"
+
+
+def test_parts_add_up_to_the_number() -> None:
+    from at_fused.backends.triton import _parts
+
+    draw = random.Random(0)
+    numbers = [draw.gauss(0, 1) * 10.0 ** draw.randint(-12, 30) for _ in range(1000)]
+    for number in [0.0, 1.0, -1e-12, 1 / 3, 1000 / 7, *numbers]:
+        parts = _parts(number)
+        assert sum(parts) == number
+        assert all(torch.tensor(part, dtype=torch.float32).item() == part for part in parts)
+    assert sum(_parts(1e300)) == math.inf
+
+
+# --- surroundings -----------------------------------------------------------------------------------
+
+
+def run(script: str) -> str:
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
+    )
+    return ran.stdout
+
+
+def test_kernels_are_imported_only_where_they_are_used() -> None:
+    run("import sys, at_fused; assert 'at_fused.backends._triton_kernels' not in sys.modules")
+
+
+def test_without_triton() -> None:
+    assert "pip install triton" in run("""
+        import sys
+        sys.modules["triton"] = None  # as where it is not installed
+        import torch, at_fused
+        assert "triton" not in at_fused.available_backends()
+        x = torch.ones(2, 3, 4, 4)
+        at_fused.attention_loss(x, x)
+        try:
+            at_fused.attention_loss(x, x, backend="triton")
+        except ValueError as error:
+            print(error)
+    """)
+
+
+@compiles
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu() -> None:
+    x = feature(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="no GPU"):
+        at_fused.attention_loss(x, x, backend="triton")
