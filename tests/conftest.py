@@ -5,8 +5,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import partial
 import pytest
 import torch
+
+import at_fused
+
+if "cuda" in at_fused.available_backends():
+    partial.install()
+    pytest_runtest_call = partial.pytest_runtest_call
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from triton.runtime.interpreter import InterpretedFunction, interpreter_builder

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-import pytest
+import partial
 import torch
 from torch import Tensor
 
@@ -83,25 +83,11 @@ def pytest_configure() -> None:
     """Before the suite's modules ask for the backends."""
     session.enter_context(installed())
     set_order(1)
-    import cases
-
-    def check_loss(*args: Any, backend: str, **options: Any) -> list[Tensor]:
-        """Goes on with another backend where a test gets to features that the backend does not serve."""
-        try:
-            return check(*args, backend=backend, **options)
-        except backends.BackendError:
-            return check(*args, backend="auto", **options)
-
-    check, cases.check_loss = cases.check_loss, check_loss
+    partial.install()
 
 
 def pytest_unconfigure() -> None:
     session.close()
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Any:
-    try:
-        return (yield)
-    except backends.BackendError as error:
-        pytest.skip(str(error))
+pytest_runtest_call = partial.pytest_runtest_call
