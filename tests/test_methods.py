@@ -166,7 +166,7 @@ def test_bf16_trains(method: str, teacher: Path, tmp_path: Path) -> None:
 
 
 def test_hints_learn_under_fp16(teacher: Path, tmp_path: Path) -> None:
-    assert run(tmp_path / "run", **keys_of("hints", teacher), amp="fp16", epochs=1, limit_train=72) == 0
+    assert run(tmp_path / "run", **keys_of("hints", teacher), amp="fp16", max_steps=2, batch_size=8) == 0
     assert 0 < metrics(tmp_path / "run")[0]["at_loss"] < 100
 
 

@@ -48,11 +48,7 @@ def train(config: Config) -> int:
     with distributed.ranks(config) as ranks, _default_dtype(config):
         _set_up_torch(config, ranks)
         try:
-            run = Run(config, ranks)
-            if run.finished:
-                run.reporter.say(f"{config.output_dir} holds this run, finished: nothing to do")
-                return 0
-            return run.train()
+            return _run(config, ranks)
         except torch.OutOfMemoryError as error:
             mine = -(-config.batch_size // (ranks.world * config.accumulate))
             raise OutOfMemory(
@@ -62,6 +58,15 @@ def train(config: Config) -> int:
                 "also save memory "
                 f"({str(error).splitlines()[0]})"
             ) from None
+
+
+def _run(config: Config, ranks: Ranks) -> int:
+    """In a frame of its own, so that the run is gone before the ranks part: see `distributed.ranks`."""
+    run = Run(config, ranks)
+    if run.finished:
+        run.reporter.say(f"{config.output_dir} holds this run, finished: nothing to do")
+        return 0
+    return run.train()
 
 
 @dataclass

@@ -105,7 +105,7 @@ def write_curves(folder: Path, history: list[Metrics], title: str) -> None:
             epochs, [m[name] for m in history], color=colour, label=label, marker=".", markersize=4
         )
     error_axes.set(xlabel="epoch", ylabel="error, %", title="Error", ylim=(0, None))
-    terms = {"ce_loss": "cross-entropy", "at_loss": "attention transfer", "kd_loss": "distillation"}
+    terms = {"ce_loss": "cross-entropy", "at_loss": "transfer term", "kd_loss": "distillation"}
     used = {name: label for name, label in terms.items() if any(metrics[name] for metrics in history)}
     for name, label in ({"train_loss": "total"} | used if len(used) > 1 else used).items():
         style = "-" if name == "train_loss" else "--"
