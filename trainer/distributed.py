@@ -61,8 +61,8 @@ def ranks(config: Config) -> Iterator[Ranks]:
     """Join the other processes of torchrun, if any: NCCL between GPUs, gloo between CPUs.
 
     No DistributedDataParallel may outlive this: its reducer would be the last to let the process group go,
-    and would wait, holding the GIL, for gloo's threads, which may want the GIL (seen in torch 2.13: one run in
-    ten never ended).
+    and would wait, holding the GIL, for gloo's threads, which may want the GIL (seen in torch 2.13: one run
+    in ten never ended).
     """
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
@@ -88,7 +88,10 @@ def ranks(config: Config) -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the run
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)  # they hold the run
+            cause = cause.__context__
         raise
     finally:
         dist.destroy_process_group()
