@@ -220,7 +220,7 @@ def _tap_names(args: argparse.Namespace, number: int, model: nn.Module, x: Tenso
 
 
 def last_of_each_size(model: nn.Module, x: Tensor) -> list[str]:
-    """Names of the modules that are the last to put out each spatial size, in forward order.
+    """Names of the modules that are the last to put out each spatial size, from the input on.
 
     These are the "last pre-downsampling" and the top activations of Figure 4, for any convolutional network.
     Normalisations are passed over: after a LayerNorm every position has nearly the same squared sum.
@@ -231,7 +231,6 @@ def last_of_each_size(model: nn.Module, x: Tensor) -> list[str]:
         def record(module: nn.Module, args: Any, output: Any) -> None:
             grid = tuple(_channels_first(output).shape[2:]) if _is_spatial(output) else (1, 1)
             if grid != (1, 1):
-                last.pop(grid, None)
                 last[grid] = name
 
         return record

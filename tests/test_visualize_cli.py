@@ -129,6 +129,12 @@ def test_taps(
     assert seen["groups"] == (first if same else [f"level {i + 1}" for i in range(len(first))])
 
 
+def test_networks_of_different_depth_are_aligned_at_the_top(drawing: Any, folder: Path) -> None:
+    seen = drawing("--model", "wrn-10-1", "resnet-18", "--images", folder / "cat/b.jpg")
+    channels = {name: [f.shape[1] for f in found] for name, found in seen["networks"].items()}
+    assert channels == {"wrn-10-1": [16, 32, 64], "resnet-18": [128, 256, 512]}
+
+
 def test_gradients_are_those_of_the_predicted_class(drawing: Any, folder: Path, weights: Path) -> None:
     seen = drawing(
         "--model", "wrn-10-1", "--checkpoint", weights, "--images", folder, "--gradient", "input", "group2"
