@@ -128,6 +128,36 @@ def test_a_tail_smaller_than_the_ranks_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("keys, code", [({}, 0), ({"lr": 1e30}, 1)], ids=["finished", "diverged"])
+def test_ddp_is_gone_before_the_ranks_part(keys: dict[str, Any], code: int, tmp_path: Path) -> None:
+    """Otherwise a run now and then never ends: see `trainer.distributed.ranks`."""
+    script = tmp_path / "watched.py"
+    script.write_text(
+        f"""
+import gc, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import train
+
+destroy = dist.destroy_process_group
+
+def watched():
+    print("alive:", sum(type(thing) is DistributedDataParallel for thing in gc.get_objects()))
+    destroy()
+
+dist.destroy_process_group = watched
+print("code:", train.main(sys.argv[1:]))
+"""
+    )
+    line = command(2, tmp_path / "run", limit_train=64, epochs=2, **keys)
+    line[line.index(str(ROOT / "train.py"))] = str(script)
+    done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("alive: 0") == 2, done.stdout + done.stderr
+    assert done.stdout.count(f"code: {code}") == 2
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_ranks_of_one_process_need_no_launcher(count: int, tmp_path: Path) -> None:
     flags = [word for key, value in KEYS.items() for word in (f"--{key}", str(value))]
