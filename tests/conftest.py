@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import at_fused
+from models import torchvision_compat  # noqa: F401  (before torchvision, also where xdist unpickles a warning)
 
 if "cuda" in at_fused.available_backends():
     partial.install()

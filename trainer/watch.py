@@ -59,6 +59,7 @@ class Watch:
             if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
         ]
         found += [f"gradient of {name}" for name in gradients[:3]]
+        found = found or ["the norm of the gradients"]
         more = f" and of {len(gradients) - 3} more" if len(gradients) > 3 else ""
         raise Diverged(
             f"not finite at step {step}: {', '.join(found)}{more}; last good checkpoint: {self.last_saved}; "
