@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 import at_fused
-from models import torchvision_compat  # noqa: F401  (before torchvision, also where xdist unpickles a warning)
+
+with suppress(ImportError):  # a run of the library alone
+    from models import torchvision_compat  # noqa: F401  (before torchvision: xdist unpickles its users' warnings)
 
 if "cuda" in at_fused.available_backends():
     partial.install()
