@@ -244,6 +244,17 @@ def test_one_pass_has_the_bits_of_two(team: int, dtype: torch.dtype, layout) -> 
 
 
 @pytest.mark.usefixtures("stream")
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=cases.name_of)
+def test_rows_longer_than_a_block_is_wide(layout) -> None:
+    """576 vectors of positions, or of channels: more than one for each thread."""
+    shape = (2, 4, 48, 48) if layout is Tensor.contiguous else (2, 2304, 2, 2)
+    s, t = (feature(*shape, seed=seed, layout=layout) for seed in (1, 2))
+    backend.set_device(multiprocessors=1, l2=0)
+    expected = check_loss([s], [t], backend="cuda")[0]
+    assert torch.equal(one_pass_gradients([s], [t], 2, 1.0, [1.0])[0], expected)
+
+
+@pytest.mark.usefixtures("stream")
 def test_a_cluster_of_several_samples() -> None:
     """Small samples and idle blocks fill the clusters that a large sample needs."""
     backend.set_device(shared_per_multiprocessor=36 << 10, l2=0)
@@ -262,10 +273,12 @@ def test_a_cluster_of_several_samples() -> None:
 def test_more_pairs_than_a_launch_takes() -> None:
     s_feats = [feature(2, 3 + i, 3, 3 + i % 4, seed=i) for i in range(35)]
     t_feats = [feature(2, 2 + i, 3, 3 + i % 4, seed=99 + i) for i in range(35)]
-    for reduction in ("sum", "none"):
-        check_loss(
-            s_feats, t_feats, backend="cuda", reduction=reduction, weights=[0.1 * i for i in range(35)]
-        )
+    weights = [0.1 * i for i in range(35)]
+    weighted = check_loss(s_feats, t_feats, backend="cuda", weights=weights)
+    losses = at_fused.attention_loss(s_feats, t_feats, reduction="none", backend="cuda")
+    scaled = torch.autograd.grad(losses, [*s_feats, *t_feats], torch.tensor(weights))
+    for got, expected in zip(scaled, weighted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("shared", [24 << 10, 228 << 10])
