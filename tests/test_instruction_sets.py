@@ -8,14 +8,35 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import at_fused
 
 TESTS = Path(__file__).parent
 
+pytestmark = pytest.mark.skipif(
+    "cpu" not in at_fused.available_backends(), reason="the CPU library was not built"
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_anywhere_in_memory(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    """Whole aligned rows are written past the caches, others through them: with the same bits."""
+    feat = torch.randn(3, 64, 8, 8, dtype=torch.float64).to(dtype, memory_format=layout)
+    slopes = torch.randn(3, 8, 8, dtype=torch.promote_types(dtype, torch.float32))
+    grads = []
+    for first in (0, 1):
+        grad = torch.full((feat.numel() + 2,), -7, dtype=dtype)
+        grads.append(grad[first:].as_strided(feat.shape, feat.stride()))
+        torch.ops.at_fused_cpu.attention_maps_backward([feat], [slopes], None, [grads[-1]], 2.0, False)
+        assert (grad[:first] == -7).all() and (grad[first + feat.numel() :] == -7).all()
+    assert torch.equal(*grads)
+    exact = 2 * slopes.double()[:, None] * feat.double()
+    torch.testing.assert_close(grads[0].double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
 
 @pytest.mark.slow
-@pytest.mark.skipif("cpu" not in at_fused.available_backends(), reason="the CPU library was not built")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_numbers_on_lesser_processors(isa: str) -> None:
     environment = os.environ | {"AT_FUSED_ISA": isa}

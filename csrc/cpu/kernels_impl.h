@@ -147,13 +147,15 @@ void join_channels(const T* x, int64_t channel_stride, int64_t stride, int64_t l
   }
 }
 
-// Positions side by side in memory (NCHW), or evenly spaced: the map stays in the cache, channels stream past.
+// Positions side by side in memory (NCHW), or evenly spaced: the map stays in the cache, channels stream past. One
+// by one they are one long stream, which processors fetch best; short ones would spend their time on loops.
 template <class T, class Scalar, class Join>
 void map_over_positions(const T* x, int64_t channels, int64_t channel_stride, int64_t stride, int64_t length,
                         Scalar* map, Join join) {
+  constexpr int64_t short_length = 64;
   for (int64_t i = 0; i < length; ++i) map[i] = 0;
   int64_t c = 0;
-  for (; c + 4 <= channels; c += 4) {
+  for (; length < short_length && c + 4 <= channels; c += 4) {
     join_channels<4>(x + c * channel_stride, channel_stride, stride, length, map, join);
   }
   for (; c < channels; ++c) join_channels<1>(x + c * channel_stride, channel_stride, stride, length, map, join);
@@ -253,14 +255,18 @@ template <class T, class Scalar, class Power>
 void backward_over_positions(const T* x, T* grad, int64_t stride, int64_t grad_stride, int64_t length,
                              const Scalar* slope, Power power) {
   using V = typename Accumulator<T>::V;
+  const auto at = [&](int64_t i) { return load(slope + i) * power.slope(load(x + i)); };
+  if (stride == 1 && grad_stride == 1 && streams(grad, length, length)) {
+    for (int64_t i = 0; i < length; i += lanes<V>) stream(grad + i, at(i));
+    return;
+  }
   if (stride == 1 && grad_stride == 1 && length >= lanes<V>) {
-    const auto at = [&](int64_t i) {
-      prefetch_for_write(grad + i);
-      store(grad + i, load(slope + i) * power.slope(load(x + i)));
-    };
     int64_t i = 0;
-    for (; i + lanes<V> <= length; i += lanes<V>) at(i);
-    if (i < length) at(length - lanes<V>);  // the last lanes once more, with the same result
+    for (; i + lanes<V> <= length; i += lanes<V>) {
+      prefetch_for_write(grad + i);
+      store(grad + i, at(i));
+    }
+    if (i < length) store(grad + length - lanes<V>, at(length - lanes<V>));  // the last lanes once more, alike
     return;
   }
   for (int64_t i = 0; i < length; i += lanes<V>) {
@@ -274,12 +280,17 @@ template <class T, class Scalar, class Power>
 void backward_over_channels(const T* x, T* grad, int64_t stride, int64_t grad_stride, int64_t channels,
                             int64_t length, const Scalar* slope, Power power) {
   using V = typename Accumulator<T>::V;
+  const bool streamed = streams(grad, grad_stride, channels);
   for (int64_t i = 0; i < length; ++i, x += stride, grad += grad_stride) {
     const V factor = splat<V>(slope[i]);
+    const auto at = [&](int64_t c) { return factor * power.slope(load(x + c)); };
     int64_t c = 0;
+    if (streamed) {
+      for (; c < channels; c += lanes<V>) stream(grad + c, at(c));
+    }
     for (; c + lanes<V> <= channels; c += lanes<V>) {
       prefetch_for_write(grad + c);
-      store(grad + c, factor * power.slope(load(x + c)));
+      store(grad + c, at(c));
     }
     if (c < channels) {
       store_some(grad + c, 1, channels - c, factor * power.slope(load_some(x + c, 1, channels - c)));
@@ -332,69 +343,68 @@ void backward_max(const Feature& feat, const Feature& grad, int64_t sample, cons
 
 // --- distance ---
 
-template <class Scalar>
-Scalar dot(const Scalar* a, const Scalar* b, int64_t length) {
+// Calls use(i, u, v) with the vectors of `a` and `b` from i on; zeros fill the last ones.
+template <class Scalar, class Use>
+void for_each_vector(const Scalar* a, const Scalar* b, int64_t length, Use use) {
   using V = typename Accumulator<Scalar>::V;
-  V sum{};
   int64_t i = 0;
-  for (; i + lanes<V> <= length; i += lanes<V>) sum += load(a + i) * load(b + i);
-  if (i < length) sum += load_some(a + i, 1, length - i) * load_some(b + i, 1, length - i);
-  return reduce(sum, [](V x, V y) { return x + y; });
+  for (; i + lanes<V> <= length; i += lanes<V>) use(i, load(a + i), load(b + i));
+  if (i < length) use(i, load_some(a + i, 1, length - i), load_some(b + i, 1, length - i));
 }
 
-// |map|, also where the squares of its elements overflow fp32, as those of fp16's largest features to the 4th do.
+template <class V>
+typename Traits<V>::Scalar sum(V v) {
+  return reduce(v, [](V a, V b) { return a + b; });
+}
+
+// |map| of a sum of squares, also where that overflows fp32, as for fp16's largest features to the 4th.
 template <class Scalar>
-Scalar norm_of(const Scalar* map, int64_t length) {
-  const Scalar norm = std::sqrt(dot(map, map, length));
-  if (std::isfinite(norm)) return norm;
-  double squares = 0;
-  for (int64_t i = 0; i < length; ++i) squares += static_cast<double>(map[i]) * map[i];
-  return static_cast<Scalar>(std::sqrt(squares));
+Scalar norm_of(Scalar squares, const Scalar* map, int64_t length) {
+  if (std::isfinite(squares)) return std::sqrt(squares);
+  double exact = 0;
+  for (int64_t i = 0; i < length; ++i) exact += static_cast<double>(map[i]) * map[i];
+  return static_cast<Scalar>(std::sqrt(exact));
 }
 
 template <class Scalar>
 double distance_of(Scalar* student, Scalar* teacher, int64_t length, double eps, double weight, bool student_slope,
                    bool teacher_slope) {
-  const auto normalise = [&](Scalar* map, bool& clamped) {
-    const Scalar norm = norm_of(map, length), floor = static_cast<Scalar>(eps);
-    clamped = norm < floor;
-    const Scalar inverse = 1 / (clamped ? floor : norm);
-    change_in_place(map, length, [&](auto v) { return v * inverse; });
-    return inverse;
-  };
-  bool student_clamped, teacher_clamped;
-  const Scalar student_inverse = normalise(student, student_clamped);
-  const Scalar teacher_inverse = normalise(teacher, teacher_clamped);
+  using V = typename Accumulator<Scalar>::V;
+  V student_squares{}, teacher_squares{};
+  for_each_vector(student, teacher, length, [&](int64_t, V s, V t) {
+    student_squares += s * s;
+    teacher_squares += t * t;
+  });
+  const Scalar student_norm = norm_of(sum(student_squares), student, length);
+  const Scalar teacher_norm = norm_of(sum(teacher_squares), teacher, length);
+  const auto floor = static_cast<Scalar>(eps);
+  const bool student_clamped = student_norm < floor, teacher_clamped = teacher_norm < floor;
+  const Scalar student_inverse = 1 / (student_clamped ? floor : student_norm);
+  const Scalar teacher_inverse = 1 / (teacher_clamped ? floor : teacher_norm);
 
   // With u, v the normalised maps and d = u - v: d|d|^2/dQ_S = 2 (d - u <u, d>) / |Q_S|, and likewise for v.
-  Scalar squared = 0, along_student = 0, along_teacher = 0;
-  {
-    using V = typename Accumulator<Scalar>::V;
-    V squares{}, students{}, teachers{};
-    const auto add = [&](V u, V v) {
-      const V d = u - v;
-      squares += d * d;
-      students += u * d;
-      teachers += v * d;
-    };
-    int64_t i = 0;
-    for (; i + lanes<V> <= length; i += lanes<V>) add(load(student + i), load(teacher + i));
-    if (i < length) add(load_some(student + i, 1, length - i), load_some(teacher + i, 1, length - i));
-    const auto plus = [](V a, V b) { return a + b; };
-    squared = reduce(squares, plus);
-    along_student = student_clamped ? 0 : reduce(students, plus);  // a clamped norm is a constant
-    along_teacher = teacher_clamped ? 0 : reduce(teachers, plus);
-  }
+  V squares{}, students{}, teachers{};
+  for_each_vector(student, teacher, length, [&](int64_t, V s, V t) {
+    const V u = s * student_inverse, v = t * teacher_inverse, d = u - v;
+    squares += d * d;
+    students += u * d;
+    teachers += v * d;
+  });
   if (student_slope || teacher_slope) {
+    const Scalar along_student = student_clamped ? 0 : sum(students);  // a clamped norm is a constant
+    const Scalar along_teacher = teacher_clamped ? 0 : sum(teachers);
     const Scalar student_factor = static_cast<Scalar>(2 * weight) * student_inverse;
     const Scalar teacher_factor = static_cast<Scalar>(-2 * weight) * teacher_inverse;
-    for (int64_t i = 0; i < length; ++i) {
-      const Scalar u = student[i], v = teacher[i], d = u - v;
-      if (student_slope) student[i] = (d - u * along_student) * student_factor;
-      if (teacher_slope) teacher[i] = (d - v * along_teacher) * teacher_factor;
-    }
+    const auto put = [&](Scalar* to, int64_t i, V v) {
+      i + lanes<V> <= length ? store(to + i, v) : store_some(to + i, 1, length - i, v);
+    };
+    for_each_vector(student, teacher, length, [&](int64_t i, V s, V t) {
+      const V u = s * student_inverse, v = t * teacher_inverse, d = u - v;
+      if (student_slope) put(student, i, (d - u * along_student) * student_factor);
+      if (teacher_slope) put(teacher, i, (d - v * along_teacher) * teacher_factor);
+    });
   }
-  return squared;
+  return sum(squares);
 }
 
 // --- from run-time types to templates ---

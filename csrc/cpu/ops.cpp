@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -92,6 +93,7 @@ void for_each_sample(const std::vector<Feature>& feats, int64_t scratch_bytes, U
         for (int64_t sample = feats[i].batch * share / shares; sample < end; ++sample) use(i, sample, scratch.get());
       }
     }
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // also ends streamed stores
   };
   if (shares == 1) {
     work(0, 1);

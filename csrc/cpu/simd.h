@@ -116,25 +116,29 @@ inline VecF load(const Half* x) {
   return (VecF)(select(exponent == 0, subnormal, normal) | ((h & 0x8000) << 16));
 }
 
-inline void store(float* y, VecF v) { std::memcpy(y, &v, sizeof v); }
-inline void store(double* y, VecD v) { std::memcpy(y, &v, sizeof v); }
+// What a vector is in memory, as T.
+template <class T>
+auto encode(typename Accumulator<T>::V v) {
+  return v;
+}
 
-inline void store_u16(void* y, VecU v) {
+inline VecU16 low_halves(VecU v) {
 #if AT_FUSED_VECTOR_BYTES == 64
-  _mm256_storeu_si256(static_cast<__m256i*>(y), _mm512_cvtepi32_epi16((__m512i)v));
+  return (VecU16)_mm512_cvtepi32_epi16((__m512i)v);
 #else
-  const VecU16 narrow = __builtin_convertvector(v, VecU16);
-  std::memcpy(y, &narrow, sizeof narrow);
+  return __builtin_convertvector(v, VecU16);
 #endif
 }
 
 // Both narrow to the nearest, ties to even.
-inline void store(Bf16* y, VecF v) {
+template <>
+inline auto encode<Bf16>(VecF v) {
   const VecU bits = (VecU)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  store_u16(y, select(v != v, VecU{} + 0x7fc0, rounded));
+  return low_halves(select(v != v, VecU{} + 0x7fc0, rounded));
 }
 
-inline void store(Half* y, VecF v) {
+template <>
+inline auto encode<Half>(VecF v) {
   const VecU bits = (VecU)v, absolute = bits & 0x7fffffff;
   const VecU normal = (absolute - (112u << 23) + 0xfff + ((absolute >> 13) & 1)) >> 13;
   // Adding 0.5 lets the processor round to a multiple of 2^-24, the spacing of subnormal halves.
@@ -142,7 +146,37 @@ inline void store(Half* y, VecF v) {
   VecU half = select(absolute < 0x38800000, subnormal, normal);
   half = select(absolute >= 0x477ff000, VecU{} + 0x7c00, half);  // 65520 and more round to infinity
   half = select(absolute > 0x7f800000, VecU{} + 0x7e00, half);
-  store_u16(y, half | ((bits >> 16) & 0x8000));
+  return low_halves(half | ((bits >> 16) & 0x8000));
+}
+
+template <class T, class V>
+void store(T* y, V v) {
+  const auto encoded = encode<T>(v);
+  std::memcpy(y, &encoded, sizeof encoded);
+}
+
+// Whether `stream` may write rows of `length` elements, `stride` apart, of which the first begins at y.
+template <class T>
+bool streams(const T* y, int64_t stride, int64_t length) {
+  constexpr int count = lanes<typename Accumulator<T>::V>;
+  return reinterpret_cast<uintptr_t>(y) % (count * sizeof(T)) == 0 && stride % count == 0 && length % count == 0;
+}
+
+// A store past the caches, which need not read first what it replaces. Ordered by what ends the kernel.
+template <class T, class V>
+void stream(T* y, V v) {
+  const auto encoded = encode<T>(v);
+#if defined(__x86_64__)
+  constexpr size_t bytes = sizeof encoded;
+#if AT_FUSED_VECTOR_BYTES == 64
+  if constexpr (bytes == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(y), (__m512i)encoded);
+#endif
+#if AT_FUSED_VECTOR_BYTES >= 32
+  if constexpr (bytes == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(y), (__m256i)encoded);
+#endif
+  if constexpr (bytes == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(y), (__m128i)encoded);
+#endif
+  std::memcpy(y, &encoded, sizeof encoded);
 }
 
 // How many of the `left` elements fit one vector.
@@ -182,6 +216,12 @@ void store_some(T* y, int64_t stride, int64_t count, V v) {
 #define AT_FUSED_SHUFFLE(V, a, b, ...) __builtin_shuffle(a, b, Mask<V>{__VA_ARGS__})
 #endif
 
+// The lanes i ^ bit.
+template <int bit, class V, int... I>
+V with_neighbours(V v, std::integer_sequence<int, I...>) {
+  return AT_FUSED_SHUFFLE(V, v, v, (I ^ bit)...);
+}
+
 // A lane i joins the lanes i and i ^ bit of `a` where i has that bit clear, of `b` where it is set.
 template <int bit, class V, class Join, int... I>
 V join_neighbours(V a, V b, Join join, std::integer_sequence<int, I...>) {
@@ -203,10 +243,15 @@ V reduce_all(V* v, Join join) {
   }
 }
 
-template <class V, class Join>
+// In the order of `reduce_all`.
+template <int bit = 1, class V, class Join>
 typename Traits<V>::Scalar reduce(V v, Join join) {
-  V all[lanes<V>] = {v};
-  return reduce_all<lanes<V>>(all, join)[0];
+  if constexpr (bit == lanes<V>) {
+    return v[0];
+  } else {
+    constexpr auto indices = std::make_integer_sequence<int, lanes<V>>{};
+    return reduce<2 * bit>(join(v, with_neighbours<bit>(v, indices)), join);
+  }
 }
 
 // The lower and the upper half of the lanes, in turn.
