@@ -88,6 +88,14 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_its_base(tmp_path: Path) 
     assert (found.epochs, found.lr, found.seed, found.weight_decay) == (7, 0.25, 3, 1e-4)
 
 
+def test_of_several_bases_each_lies_over_those_before_it(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("lr: 0.5\nepochs: 7\nseed: 1\n")
+    (tmp_path / "two.yaml").write_text("base: one.yaml\nlr: 0.25\nseed: 2\n")
+    (tmp_path / "three.yaml").write_text("epochs: 9\n")
+    (tmp_path / "own.yaml").write_text("base: [two.yaml, three.yaml]\nseed: 3\n")
+    assert load_recipe(tmp_path / "own.yaml") == {"lr": 0.25, "epochs": 9, "seed": 3}
+
+
 def test_printed_config_reads_back_as_itself(tmp_path: Path) -> None:
     once = config(
         taps=["group1", "group3"], freeze=["conv"], lr_schedule="onecycle", limit_train=100, amp="bf16"
@@ -167,6 +175,7 @@ def test_mistakes_are_refused_in_one_line(keys: dict[str, object], words: list[s
         ("a: [", "not YAML"),
         ("base: own.yaml\n", "its own base"),
         ("base: nope.yaml\n", "nope"),
+        ("base: [own.yaml]\n", "its own base"),
     ],
 )
 def test_bad_recipes(tmp_path: Path, text: str, word: str) -> None:

@@ -285,7 +285,10 @@ def make_config(values: dict[str, Any]) -> Config:
 
 
 def load_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Keys of a recipe file: those of its `base` (a path relative to the file), its own over them."""
+    """Keys of a recipe file: those of its `base`, its own over them.
+
+    A base is a path relative to the file; of several, each lies over those before it.
+    """
     path = path.resolve()
     if path in above:
         raise ConfigError(f"recipe {path} is its own base")
@@ -299,8 +302,11 @@ def load_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         own = {}
     if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
         raise ConfigError(f"recipe {path} must be a mapping of keys to values")
-    base = own.pop("base", None)
-    return own if base is None else load_recipe(path.parent / str(base), (*above, path)) | own
+    bases = own.pop("base", None) or []
+    keys: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        keys |= load_recipe(path.parent / str(base), (*above, path))
+    return keys | own
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
