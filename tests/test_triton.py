@@ -355,6 +355,15 @@ def test_without_triton() -> None:
     """)
 
 
+@pytest.mark.parametrize(
+    "version, served", [("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True), ("?", True)]
+)
+def test_an_old_triton_is_told(version: str, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    reason = backend.unavailable() or ""
+    assert ("needs Triton 3.6" in reason) != served
+
+
 @compiles
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu() -> None:

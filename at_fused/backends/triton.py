@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -22,6 +23,7 @@ from .._outputs import empty_loss_outputs, empty_map
 if TYPE_CHECKING:
     from ._triton_kernels import Kind
 
+_OLDEST = (3, 6)  # 3.5 forgets, after a loop, the constants within a tuple of arguments
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _interpreter = threading.Lock()  # it keeps the running program's number in a global
 
@@ -30,9 +32,19 @@ def unavailable() -> str | None:
     """Looks for Triton without importing it, and for GPUs without starting CUDA, which would forbid forks."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
+    if _version() < _OLDEST:
+        return f"it needs Triton {'.'.join(map(str, _OLDEST))} or newer, which torch 2.10 brings"
     if not _INTERPRETED and torch.cuda.device_count() == 0:
         return "there is no GPU (TRITON_INTERPRET=1 would run it on the CPU, slowly)"
     return None
+
+
+def _version() -> tuple[int, ...]:
+    """Of the Triton installed, as far as its package tells: builds under other names count as new."""
+    try:
+        return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return _OLDEST
 
 
 def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:
