@@ -24,6 +24,12 @@ def named(path: Path) -> str:
     return str(path.relative_to(RECIPES).with_suffix(""))
 
 
+def bases(path: Path) -> list[Path]:
+    """The recipes that a recipe takes over, resolved."""
+    base = yaml.safe_load(path.read_text()).get("base", [])
+    return [(path.parent / name).resolve() for name in (base if isinstance(base, list) else [base])]
+
+
 def resolve(name: str) -> Config:
     config, _ = parse_args(
         ["--recipe", f"{RECIPES / name}.yaml", "--data-dir", "d", "--teacher-checkpoint", "t"]
@@ -50,20 +56,19 @@ def test_every_recipe_resolves_and_names_what_exists(path: Path) -> None:
 
 
 def test_incomplete_recipes_are_bases_or_schedules() -> None:
-    bases = {
-        (path.parent / str(yaml.safe_load(path.read_text()).get("base", "-"))).resolve() for path in FILES
-    }
+    used = {base for path in FILES for base in bases(path)}
     schedules = {RECIPES / "short/base.yaml", RECIPES / "table3/short.yaml"}
-    assert set(FILES) - set(COMPLETE) <= bases | schedules
+    assert set(FILES) - set(COMPLETE) <= used | schedules
 
 
 def test_a_recipe_shows_only_what_differs() -> None:
     """A key that repeats its base's value is noise; the student's and the method's, which say what a file is,
     and the authors' own values in at.yaml are meant."""
     for path in FILES:
-        own = yaml.safe_load(path.read_text())
-        if "base" in own and path.name not in ("at.yaml", "kd.yaml"):
-            below = load_recipe(path.parent / own.pop("base"))
+        if bases(path) and path.name not in ("at.yaml", "kd.yaml"):
+            own, below = yaml.safe_load(path.read_text()), {}
+            for base in bases(path):
+                below |= load_recipe(base)
             assert not [key for key in own if below.get(key) == own[key]], path
 
 
@@ -178,6 +183,23 @@ def test_the_short_recipes_are_those_of_table_1_in_short(tmp_path: Path) -> None
     for column, name in names.items():
         short = resolve(f"short/{name}").model_dump(exclude=set(paths))
         assert jobs[column].model_dump(exclude=set(paths)) == short
+
+
+SHRUNK = {"image_size", "epochs", "batch_size", "lr", "lr_milestones", "at_start_epoch", "workers"}
+FASTER = {"amp", "channels_last"}
+
+
+@pytest.mark.parametrize("mini, whole", [("table5", "table5"), ("table4", "table4/scenes")])
+def test_the_mini_recipes_differ_only_in_what_is_shrunk(mini: str, whole: str) -> None:
+    """... and what is counted in epochs keeps its proportion."""
+    paths = sorted((RECIPES / "mini" / mini).glob("*.yaml"))
+    assert {path.stem for path in paths} >= {"base", "student", "teacher", "at"}
+    for path in paths:
+        if path.stem != "base":
+            small, large = resolve(named(path)), resolve(f"{whole}/{path.stem}")
+            assert {key for key, value in large if getattr(small, key) != value} <= SHRUNK | FASTER
+            counts, large_counts = ([c.at_start_epoch, *c.lr_milestones] for c in (small, large))
+            assert [n * large.epochs for n in counts] == [n * small.epochs for n in large_counts]
 
 
 def test_train_prints_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:

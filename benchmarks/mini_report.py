@@ -1,0 +1,154 @@
+"""What the small Tables 4 and 5 have given: errors, how alike the maps are, and pictures of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import at_fused
+import models
+from at_fused.visualize import attention_grid
+from benchmarks import report
+from benchmarks.mini import Runs
+from benchmarks.paper_plan import LABELS, TABLES, Job
+from trainer import checkpoint, folders
+
+LAYERS = ["layer3", "layer4"]  # whose maps both tables compare
+FILES = ("mini.md", "maps-table5.png", "maps-table4.png")
+ROWS = {"table5": "resnet-18-from-resnet-34", "table4": "scenes"}
+HEADERS = ["", "network", "test error, %", "change", "paper, %", "its change", *LAYERS]
+LEGEND = """\
+One seed. Error: after the last epoch, ± its standard error on so few test images. Change: against the
+student alone. Paper: ImageNet (Table 5) and Scenes (Table 4), not these images. layer3, layer4:
+cosine similarity of the maps to the teacher's, the mean over the test images.
+"""
+PICTURES = 6  # rows of a picture
+BATCH = 100
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a network makes of N test images."""
+
+    predictions: list[str]  # names of classes
+    maps: list[Tensor]  # per layer (N, h, w)
+
+
+def write(folder: Path, runs: Runs) -> str:
+    """The files of FILES, mini.csv and mini.json; returns the page."""
+    tables, rows = [], []
+    for name, jobs in (("table5", runs.table5), ("table4", runs.table4)):
+        dataset = folders.load(jobs["teacher"].config, CPU)
+        seen = {column: answers(job, dataset) for column, job in jobs.items()}
+        own = [row(name, column, job, seen, len(dataset.test)) for column, job in jobs.items()]
+        shown = {"student": seen["student"], "student, AT": seen["at"], "teacher": seen["teacher"]}
+        if name == "table4":
+            before = answers(runs.table5["student"], dataset)
+            shown = {"student before": before} | shown
+            own.insert(1, {"table": name, "label": "student before", **likeness(before, seen["teacher"])})
+        lines = [line(entry, own) for entry in own]
+        tables.append(report.Table(heading(name, jobs["teacher"], dataset), HEADERS, lines))
+        rows += own
+        picture(dataset, shown).savefig(folder / f"maps-{name}.png")
+    machine = report.describe_machine(CPU)
+    page = report.markdown("Tables 4 and 5 in miniature", machine, tables) + "\n" + LEGEND
+    report.write(folder, "mini", page, rows, {"machine": machine})
+    return page
+
+
+def answers(job: Job, dataset: folders.FileSet) -> Answers:
+    """Of the network that `job` has trained, perhaps on other classes, for every test image of `dataset`."""
+    config = job.config
+    classes = class_names(folders.load(config, CPU))
+    model = models.create(config.student, len(classes)).eval()
+    checkpoint.load_weights(model, job.folder / "model.pt", config.student)
+    predictions: list[str] = []
+    maps: list[list[Tensor]] = []
+    parts = [slice(i, min(i + BATCH, len(dataset.test))) for i in range(0, len(dataset.test), BATCH)]
+    for images, _ in dataset.evaluation_batches(parts):
+        with torch.no_grad(), at_fused.FeatureTaps(model, LAYERS) as taps:
+            predictions += [classes[i] for i in model(images).argmax(1).tolist()]
+            maps.append([at_fused.attention_map(feature) for feature in taps.features])
+    return Answers(predictions, [torch.cat(layer) for layer in zip(*maps, strict=True)])
+
+
+def class_names(dataset: folders.FileSet) -> list[str]:
+    return sorted({Path(path).parent.name for path in dataset.test.paths})
+
+
+def likeness(own: Answers, teacher: Answers) -> dict[str, float]:
+    """Per layer, the mean over images of the cosine similarity between two networks' maps."""
+    pairs = zip(own.maps, teacher.maps, strict=True)
+    values = [F.cosine_similarity(s.flatten(1), t.flatten(1)).mean().item() for s, t in pairs]
+    return dict(zip(LAYERS, values, strict=True))
+
+
+# --- the table ------------------------------------------------------------------------------------------
+
+
+def row(table: str, column: str, job: Job, seen: dict[str, Answers], images: int) -> report.Row:
+    summary = job.summary()
+    assert summary is not None
+    return {
+        "table": table,
+        "label": LABELS.get(column, column),
+        "network": job.config.student,
+        "test_images": images,
+        "test_error": summary["last_test_error"],
+        "paper": TABLES[table]["rows"][ROWS[table]][column]["paper"],
+        **likeness(seen[column], seen["teacher"]),
+        "epochs": job.config.epochs,
+        "seconds": sum(epoch["seconds"] for epoch in job.history()),
+    }
+
+
+def line(entry: report.Row, table: list[report.Row]) -> list[str]:
+    """The cells of a row under HEADERS."""
+    alike = [f"{entry[layer]:.2f}" for layer in LAYERS]
+    if "network" not in entry:
+        return [entry["label"], "", "", "", "", "", *alike]
+    share = entry["test_error"] / 100
+    error = f"{entry['test_error']:.1f} ± {100 * sqrt(share * (1 - share) / entry['test_images']):.1f}"
+    alone = next(other for other in table if other["label"] == LABELS["student"])
+    taught = entry["label"] not in (alone["label"], "teacher")
+    changes = [
+        f"{entry[k] - alone[k]:+.1f}".replace("-", "−") if taught else "" for k in ("test_error", "paper")
+    ]
+    paper = f"{entry['paper']:.1f}"
+    alike = ["", ""] if entry["label"] == "teacher" else alike
+    return [entry["label"], entry["network"], error, changes[0], paper, changes[1], *alike]
+
+
+def heading(table: str, teacher: Job, dataset: folders.FileSet) -> str:
+    how = "from scratch" if table == "table5" else "fine-tuned from Table 5's networks"
+    return (
+        f"Table {table[-1]}, {how}: {dataset.classes} classes, {len(dataset.train)} images of "
+        f"{dataset.size}×{dataset.size}, {teacher.config.epochs} epochs"
+    )
+
+
+# --- the pictures ---------------------------------------------------------------------------------------
+
+
+def picture(dataset: folders.FileSet, networks: dict[str, Answers]) -> Figure:
+    """As Figure 6: test images at even distances, so of every class, and what each network sees and where."""
+    count = min(PICTURES, len(dataset.test))
+    places = [i * len(dataset.test) // count for i in range(count)]
+    batches = dataset.evaluation_batches([slice(i, i + 1) for i in places])
+    images = torch.cat([image for image, _ in batches])
+    names = class_names(dataset)
+    return attention_grid(
+        (images * dataset.std[:, None, None] + dataset.mean[:, None, None]) / 255,
+        {name: [maps[places] for maps in found.maps] for name, found in networks.items()},
+        groups=LAYERS,
+        labels=[names[label] for label in dataset.test.labels[places].tolist()],
+        captions={name: [found.predictions[i] for i in places] for name, found in networks.items()},
+        compare_to="teacher",
+    )
