@@ -91,7 +91,7 @@ class ImageFiles(Dataset[Sample]):
         if self.files.boxes is not None:
             image = image.crop(tuple(round(edge) for edge in self.files.boxes[index]))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.1 ms: CUDA's too
             image = self.transform(image)
         return torch.from_numpy(np.array(image))
 
