@@ -173,6 +173,8 @@ class Run:
                 self.teacher.compile(
                     dynamic=False, options={"freezing": True}
                 )  # its weights become constants
+            if self.tapped.hints is not None:
+                self.tapped.hints.compile(dynamic=False)
 
     # --- training -------------------------------------------------------------------------------------
 
