@@ -157,7 +157,8 @@ def describe(objective: Objective, image: Tensor) -> list[str]:
         except (ValueError, TypeError) as error:
             raise ConfigError(f"method {config.method}: {error}") from None
         return [*lines, f"{config.method} at the {where}: beta/2 {per_image / 2:.3g} per image"]
-    assert teacher is not None
+    if teacher is None:
+        raise ConfigError(f"method {config.method} needs a teacher")
     pairs = _features(student, teacher, image)
     try:
         objective.feature_term(*pairs, config.beta)
