@@ -25,7 +25,7 @@ from benchmarks.workloads import (
     sweep_cells,
 )
 
-ROUNDS = {"loss": 50, "scaling": 20, "step": 60, "memory": 1}
+ROUNDS = {"loss": 50, "scaling": 20, "step": 60, "memory": 1, "trainer": 9, "footprint": 1}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -33,7 +33,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", choices=list(SUITES), required=True)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--rounds", type=int, help="times each contender runs (loss 50, scaling 20, step 60)")
+    parser.add_argument(
+        "--rounds", type=int, help="times each contender runs (loss 50, scaling 20, step 60, trainer 9)"
+    )
     parser.add_argument("--batch", type=int, help="another batch size than the real one")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--quick", action="store_true", help="tiny batches, few rounds: does it run at all?")
@@ -46,6 +48,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     loss.add_argument("--timings", nargs="+", choices=("eager", "graph"), help="(cpu: eager; cuda: both)")
     loss.add_argument("--cells", default="", help="only cells whose name contains this")
     loss.add_argument("--providers", nargs="+", metavar="NAME", help="only these (a wrong name lists all)")
+    data = parser.add_argument_group("suites trainer and footprint (CPU only)")
+    data.add_argument("--cifar", type=Path, metavar="DIR", help="has cifar-10-batches-py (default: digits)")
+    data.add_argument("--folder", type=Path, metavar="DIR", help="has train and val, of ImageNet-like files")
     options = parser.parse_args(argv)
     if options.rounds is None:
         options.rounds = 3 if options.quick else ROUNDS[options.suite]
@@ -67,6 +72,8 @@ def resolve(options: argparse.Namespace, device: torch.device) -> None:
         raise ValueError(f"--device is cpu or cuda, not {device.type}")
     if cuda and not torch.cuda.is_available():
         raise ValueError("this machine has no CUDA device that torch can use")
+    if cuda and options.suite in ("trainer", "footprint"):
+        raise ValueError(f"--suite {options.suite} takes --device cpu")
     options.modes = options.modes or (MODES if cuda else ["both"])
     options.timings = options.timings or (["eager", "graph"] if cuda else ["eager"])
     if "graph" in options.timings and not cuda:
@@ -171,11 +178,41 @@ def run_step(options: argparse.Namespace, device: torch.device) -> str:
     return page
 
 
+def run_trainer(options: argparse.Namespace, device: torch.device) -> str:
+    from benchmarks import trainer_suite
+
+    rows: list[Row] = []
+    for case, data_dir in trainer_suite.cases(options.cifar, options.folder).items():
+        print(case.name, flush=True)
+        rows.append(trainer_suite.measure(case.quick() if options.quick else case, data_dir, options.rounds))
+    machine = report.describe_machine(device)
+    title = "train.py beside a loop written by hand, bf16, channels_last"
+    page = report.markdown(title, machine, [trainer_suite.table(rows)])
+    report.write(options.out, f"trainer-{device.type}", page, rows, {"machine": machine})
+    return page
+
+
+def run_footprint(options: argparse.Namespace, device: torch.device) -> str:
+    from benchmarks import footprint_suite
+
+    quick = options.quick
+    rows = footprint_suite.measure_start_up(options.cifar, [False] if quick else [False, True])
+    rows += footprint_suite.measure_memory(options.cifar, (8, 16) if quick else footprint_suite.BATCHES)
+    machine = report.describe_machine(device)
+    tables = footprint_suite.tables(rows)
+    title = f"Start and memory of train.py, {footprint_suite.STUDENT}, bf16, channels_last"
+    page = report.markdown(title, machine, tables)
+    report.write(options.out, f"footprint-{device.type}", page, rows, {"machine": machine})
+    return page
+
+
 SUITES: dict[str, Callable[[argparse.Namespace, torch.device], str]] = {
     "loss": run_loss,
     "memory": run_memory,
     "scaling": run_scaling,
     "step": run_step,
+    "trainer": run_trainer,
+    "footprint": run_footprint,
 }
 
 

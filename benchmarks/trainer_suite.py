@@ -1,0 +1,220 @@
+"""Suite "trainer": images per second of train.py beside those of a loop written by hand."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import models
+from benchmarks import bare_loop, timing
+from benchmarks.report import Row, Table
+from models import TappedModel
+from trainer import distributed, engine
+from trainer.config import Config, make_config
+from trainer.data import ImageSet
+from trainer.sampling import stratified
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: in bf16 and channels-last, with AT where there is a teacher."""
+
+    name: str
+    dataset: str
+    student: str
+    teacher: str | None = None
+    batch: int = 128
+    images: int = 1280  # of an epoch
+    size: int = 32
+    workers: int = 0
+
+    def quick(self) -> Case:
+        return replace(self, batch=4, images=8, size=min(self.size, 32))
+
+    def config(self, data_dir: Path | None, scratch: Path) -> Config:
+        """The configuration of train.py; `scratch` holds the run's folder and the teacher."""
+        values = {
+            "dataset": self.dataset,
+            "data-dir": data_dir,
+            "student": self.student,
+            "batch-size": self.batch,
+            "limit-train": self.images,
+            "image-size": self.size,
+            "workers": self.workers,
+            "amp": "bf16",
+            "channels-last": True,
+            "lr": 0.01,
+            "lr-schedule": "constant",
+            "epochs": 10**6,
+            "device": "cpu",
+            "output-dir": scratch / "run",
+        }
+        if self.teacher:
+            weights = scratch / "teacher.pt"
+            torch.save(models.create(self.teacher, 10).state_dict(), weights)
+            values |= {"method": "at", "teacher": self.teacher, "teacher-checkpoint": weights}
+        return make_config(values)
+
+
+FOLDER = "imagefolder"
+
+
+def cases(cifar: Path | None, folder: Path | None) -> dict[Case, Path | None]:
+    """What can be trained on these data, and where they lie; digits, which need no files, for CIFAR-10."""
+    small = "cifar10" if cifar else "digits"
+    images = 1280 if cifar else 1000
+    found: dict[Case, Path | None] = {
+        Case(f"{small}, WRN-16-1", small, "wrn-16-1", images=images): cifar,
+        Case(f"{small}, WRN-16-1 with AT from WRN-16-2", small, "wrn-16-1", "wrn-16-2", images=images): cifar,
+    }
+    if folder:
+        found |= {
+            Case(
+                "image files, data-bound: WRN-10-1 at 32 pixels", FOLDER, "wrn-10-1", None, 50, 1500, 32, 2
+            ): folder,
+            Case(
+                "image files, compute-bound: ResNet-18 at 96 pixels",
+                FOLDER,
+                "resnet-18",
+                None,
+                32,
+                256,
+                96,
+                2,
+            ): folder,
+            Case(
+                "image files, ResNet-18 with AT from ResNet-34 at 224 pixels",
+                FOLDER,
+                "resnet-18",
+                "resnet-34",
+                16,
+                32,
+                224,
+                2,
+            ): folder,
+        }
+    return found
+
+
+class Epochs(engine.Run):
+    """train.py's own loop; what it does once per epoch, evaluation and checkpoint, is left out."""
+
+    def evaluate(self, model: nn.Module) -> float:
+        return 0.0
+
+    def _save(self, *, keep_latest: bool = True) -> None:
+        pass
+
+    def _write_metrics(self) -> None:
+        pass
+
+
+class Waits:
+    """The batches of a loop, and how many seconds it has waited for them in all."""
+
+    def __init__(self, batches: bare_loop.Batches) -> None:
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        begun = time.perf_counter()
+        for batch in self.batches:
+            self.seconds += time.perf_counter() - begun
+            yield batch
+            begun = time.perf_counter()
+
+
+@contextmanager
+def contenders(case: Case, data_dir: Path | None) -> Iterator[tuple[list[timing.Contender], Waits]]:
+    """An epoch of train.py and one of the bare loop; the latter's waits for its images."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config = case.config(data_dir, Path(scratch))
+        with distributed.ranks(config) as ranks, closing(distributed.StopRequest(ranks)) as stop:
+            run = Epochs(config, ranks)
+            run.reporter.console.quiet = True
+            waits = Waits(bare_batches(case, run, config))
+            bare = bare_loop.epoch(*bare_models(case, run), waits)
+            ours = timing.Contender("train.py", lambda: run._train_epoch(stop))
+            yield [ours, timing.Contender("bare loop", bare)], waits
+
+
+def bare_models(case: Case, run: Epochs) -> tuple[TappedModel, TappedModel | None]:
+    """The same architectures with weights of their own."""
+
+    def create(name: str) -> TappedModel:
+        model = models.create(name, run.dataset.classes)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    teacher = create(case.teacher).eval().requires_grad_(False) if case.teacher else None
+    return create(case.student), teacher
+
+
+def bare_batches(case: Case, run: Epochs, config: Config) -> bare_loop.Batches:
+    """The same images, as many to a batch, by other code."""
+    dataset = run.dataset
+    if isinstance(dataset, ImageSet):
+        train = dataset.train
+        return bare_loop.InMemory(train.images, train.labels, case.batch, dataset.pad, dataset.flip)
+    root = Path(str(config.data_dir)) / "train"
+    labels = torch.tensor(bare_loop.ImageFolder(root).targets)
+    chosen = stratified(labels, case.images, config.seed).tolist()
+    return bare_loop.FromFolder(root, chosen, case.batch, case.size, case.workers)
+
+
+def measure(case: Case, data_dir: Path | None, rounds: int) -> Row:
+    """Images per second of both, and the ratio round by round."""
+    with contenders(case, data_dir) as (both, waits):
+        timing.interleave(both, 1, CPU, warmup=0)  # workers start, oneDNN chooses its kernels
+        waits.seconds = 0.0
+        times = timing.interleave(both, rounds, CPU, warmup=0)
+    ours, bare = times["train.py"], times["bare loop"]
+    ratios = [b / a for a, b in zip(ours.seconds, bare.seconds, strict=True)]
+    steps = -(-case.images // case.batch)
+    return {
+        "case": case.name,
+        "batch": case.batch,
+        "images": case.images,
+        "workers": case.workers,
+        "images_per_second": case.images / ours.median,
+        "bare_images_per_second": case.images / bare.median,
+        "ratio": timing.percentile(ratios, 50),
+        "ratio_p20": timing.percentile(ratios, 20),
+        "ratio_p80": timing.percentile(ratios, 80),
+        "waiting_percent": waits.seconds / sum(bare.seconds) * 100,
+        "more_ms_per_step": (ours.median - bare.median) / steps * 1e3,
+        "rounds": rounds,
+    }
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """A line per case."""
+    headers = [
+        "case",
+        "batch",
+        "train.py, images/s",
+        "bare loop, images/s",
+        "ratio (p20 to p80)",
+        "ms more per step",
+        "waits for images, %",
+    ]
+    lines = [
+        [
+            row["case"],
+            str(row["batch"]),
+            f"{row['images_per_second']:.0f}",
+            f"{row['bare_images_per_second']:.0f}",
+            f"{row['ratio']:.3f} ({row['ratio_p20']:.3f} to {row['ratio_p80']:.3f})",
+            f"{row['more_ms_per_step']:+.1f}",
+            f"{row['waiting_percent']:.0f}",
+        ]
+        for row in rows
+    ]
+    return Table("Epochs of train.py and of a bare loop, in turns", headers, lines)
