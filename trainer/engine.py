@@ -291,7 +291,8 @@ class Run:
         for i, (some_images, some_labels) in enumerate(parts):
             with self._gradients_stay_here(i + 1 < len(parts)):
                 self._backward(self._format(some_images), some_labels, batch, beta, sums)
-        norm = nn.utils.get_total_norm([p.grad for p in self.tapped.parameters() if p.grad is not None])
+        trained = self.optimizer.param_groups[0]["params"]
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if config.skip_nonfinite and not norm.isfinite():
             self.reporter.say(f"step {step + 1}: skipped, its gradients are not finite")
             for buffer, before in zip(self.student.buffers(), statistics, strict=True):
