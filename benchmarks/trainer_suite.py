@@ -79,7 +79,7 @@ def cases(cifar: Path | None, folder: Path | None) -> dict[Case, Path | None]:
     if folder:
         found |= {
             Case(
-                "image files, data-bound: WRN-10-1 at 32 pixels", FOLDER, "wrn-10-1", None, 50, 1500, 32, 2
+                "image files, data-bound: WRN-10-1 at 16 pixels", FOLDER, "wrn-10-1", None, 50, 1500, 16, 2
             ): folder,
             Case(
                 "image files, compute-bound: ResNet-18 at 96 pixels",
