@@ -1,14 +1,18 @@
 """What a long run costs on N GPUs: a model, whose inputs are measured or assumed by the reader.
 
-python -m benchmarks.scale --step-ms 100 --batch 256 [--gpus 1 8 64] [--gb-per-s 50] [--hidden 0.5]
+    python -m benchmarks.scale [--step-ms 100 --batch 256] [--gpus 1 8 64] [--gb-per-s 50] [--hidden 0.5]
+
+Without the time of a step, assumed speeds are shown.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -104,9 +108,11 @@ def work_table() -> Table:
     return Table(f"{STUDENT} from {TEACHER} at {SIZE} pixels", ["work", "amount"], lines)
 
 
-def hours(seconds: float) -> str:
-    value = seconds / 3600
-    return f"{value:.1f} h" if value < 100 else f"{value / 24:,.0f} days"
+def duration(seconds: float) -> str:
+    hours = seconds / 3600
+    if hours < 1:
+        return f"{seconds / 60:.1f} min"
+    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:,.1f} days"
 
 
 def run_table(
@@ -114,20 +120,54 @@ def run_table(
     gpus: Sequence[int] = GPUS,
     gb_per_s: float = GB_PER_S,
     hidden: float = 0.0,
+    shared: bool = False,
 ) -> Table:
-    """A line per step time; per number of GPUs the run's hours and the speed-up per GPU."""
+    """A line per step of one GPU; per number of GPUs, how long the run takes, and the efficiency.
+
+    Every GPU has the step's images; or, where the batch is `shared`, its part of them, at the same speed.
+    """
     size = gradient_bytes()
-    headers = ["images/s of one GPU", "step", *(f"{n} GPU{'s' * (n > 1)}" for n in gpus)]
+    headers = ["images/s of one GPU", "step", *_gpus(gpus)]
     lines = []
     for origin, step in steps:
         line = [f"{step.images_per_second:,.0f}, {origin}", f"{step.seconds * 1e3:,.1f} ms for {step.batch}"]
         alone = run_seconds(step, 1, size)
         for n in gpus:
-            taken = run_seconds(step, n, size, gb_per_s * 1e9, hidden)
-            line.append(hours(taken) if n == 1 else f"{hours(taken)} ({alone / taken / n * 100:.1f} %)")
+            mine = Step(step.seconds / n, step.batch // n) if shared else step
+            taken = run_seconds(mine, n, size, gb_per_s * 1e9, hidden)
+            line.append(duration(taken) if n == 1 else f"{duration(taken)} ({alone / taken / n * 100:.0f} %)")
         lines.append(line)
-    exposed = ", ".join(f"{n}: {all_reduce_seconds(size, n, gb_per_s * 1e9) * 1e3:.2f} ms" for n in gpus)
-    return Table(f"{EPOCHS} epochs, links of {gb_per_s:g} GB/s (all-reduce {exposed})", headers, lines)
+    batch = "of all GPUs" if shared else "of each GPU"
+    return Table(f"{EPOCHS} epochs, links of {gb_per_s:g} GB/s, batch {batch}", headers, lines)
+
+
+def all_reduce_table(gpus: Sequence[int] = GPUS, speeds: Sequence[float] = (GB_PER_S, 10.0)) -> Table:
+    """Milliseconds of one all-reduce over links of each bandwidth."""
+    size = gradient_bytes()
+    lines = [
+        [f"{speed:g} GB/s", *(f"{all_reduce_seconds(size, n, speed * 1e9) * 1e3:.2f} ms" for n in gpus)]
+        for speed in speeds
+    ]
+    return Table("All-reduce of the gradients", ["links", *_gpus(gpus)], lines)
+
+
+def tables_of_the_page(results: Path) -> list[Table]:
+    """Those of docs/scale.md; `results` is what the suite "trainer" has measured on a CPU."""
+    assumed = [("assumed", Step(256 / speed, 256)) for speed in ASSUMED]
+    rows = json.loads(results.read_text())["rows"]
+    (row,) = (row for row in rows if "ResNet-34" in row["case"])
+    measured = ("measured", Step(row["batch"] / row["images_per_second"], row["batch"]))
+    return [
+        work_table(),
+        all_reduce_table(),
+        run_table(assumed),
+        run_table(assumed, shared=True),
+        run_table([measured]),
+    ]
+
+
+def _gpus(numbers: Sequence[int]) -> list[str]:
+    return [f"{n} GPU{'s' * (n > 1)}" for n in numbers]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,7 +187,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.step_ms is not None
         else [("assumed", Step(options.batch / speed, options.batch)) for speed in ASSUMED]
     )
-    tables = [work_table(), run_table(steps, options.gpus, options.gb_per_s, options.hidden)]
+    network = (options.gpus, options.gb_per_s, options.hidden)
+    tables = [work_table(), all_reduce_table(options.gpus, [options.gb_per_s]), run_table(steps, *network)]
+    if options.batch >= max(options.gpus):
+        tables.append(run_table(steps, *network, shared=True))
     print(report.markdown("A long run on many GPUs", None, tables))
     return 0
 
