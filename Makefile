@@ -14,7 +14,7 @@ CODE := at_fused models trainer train.py benchmarks examples
 INPUTS := pyproject.toml setup.py at_fused/__init__.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo docs lint bench gpu sanitize soak clean
+.PHONY: help setup test demo mini docs lint bench gpu sanitize soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -56,6 +56,11 @@ test: $(READY) $(TOOLS) ## run every test
 
 demo: setup ## train a teacher, a student and a student with attention transfer on digits
 	@$(BIN)/python examples/demo.py
+
+DATA ?=
+mini: setup ## Tables 4 and 5 in minutes on any folder of images: make mini DATA=FOLDER_WITH_train_AND_val
+	@test -n "$(DATA)" || { echo "[mini] which images? make mini DATA=FOLDER_WITH_train_AND_val"; exit 2; }
+	@$(BIN)/python -m benchmarks.mini --data-dir "$(DATA)" --out runs/mini
 
 docs: $(READY) $(TOOLS) ## build the guide and the API reference into build/site, and check them
 	@$(BIN)/zensical build --strict --clean

@@ -132,7 +132,7 @@ def test_lines_of_the_table() -> None:
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One epoch of everything. The fine-tuned keep the BatchNorm and the first group that they started from."""
+    """One epoch of everything. The fine-tuned keep their BatchNorm and their first group as they were."""
     out = tmp_path / "out"
     words = [
         "--data-dir",
@@ -172,3 +172,12 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     assert mini.main(words) == 0, "what is finished is kept"
     assert "finished" not in capsys.readouterr().out
+
+
+def test_the_guide_shows_what_came_out() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "benchmarks/results/imagenette-mini/mini.md").read_text()
+    guide = (root / "docs/folders.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(lines) == 5 + 7
+    assert [line for line in guide.splitlines() if line.startswith("|")] == lines
