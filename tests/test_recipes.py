@@ -185,7 +185,7 @@ def test_the_short_recipes_are_those_of_table_1_in_short(tmp_path: Path) -> None
         assert jobs[column].model_dump(exclude=set(paths)) == short
 
 
-SHRUNK = {"image_size", "epochs", "batch_size", "lr", "lr_milestones", "at_start_epoch", "workers"}
+SHRUNK = {"image_size", "epochs", "batch_size", "lr", "lr_milestones", "at_start_epoch", "beta", "workers"}
 FASTER = {"amp", "channels_last"}
 
 
@@ -198,6 +198,9 @@ def test_the_mini_recipes_differ_only_in_what_is_shrunk(mini: str, whole: str) -
         if path.stem != "base":
             small, large = resolve(named(path)), resolve(f"{whole}/{path.stem}")
             assert {key for key, value in large if getattr(small, key) != value} <= SHRUNK | FASTER
+            if small.uses_beta:  # as the positions of a map
+                scale = (small.image_size / large.image_size) ** 2
+                assert small.beta == pytest.approx(large.beta * scale, rel=0.05)
             counts, large_counts = ([c.at_start_epoch, *c.lr_milestones] for c in (small, large))
             assert [n * large.epochs for n in counts] == [n * small.epochs for n in large_counts]
 
