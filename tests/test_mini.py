@@ -159,6 +159,12 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = json.loads((out / "table4/at/summary.json").read_text())
     assert errors["table4", "AT"] == summary["last_test_error"]
 
+    before, alone = (
+        next(row for row in rows if (row["table"], row["label"]) == ("table4", label))
+        for label in ("student before", "student alone")
+    )
+    assert before["layer4"] != alone["layer4"], "the one has not seen these classes, the other has"
+
     metrics = json.loads((out / "table4/at/metrics.jsonl").read_text())
     assert metrics["at_loss"] > 0
     before, after = (torch.load(out / name / "model.pt") for name in ("table5/student", "table4/at"))
