@@ -24,6 +24,7 @@ from trainer.data import ImageSet
 from trainer.sampling import stratified
 
 CPU = torch.device("cpu")
+FOLDER = "imagefolder"
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,11 @@ class Case:
         }
         if self.teacher:
             weights = scratch / "teacher.pt"
-            torch.save(models.create(self.teacher, 10).state_dict(), weights)
+            folders = data_dir / "train" if data_dir and self.dataset == FOLDER else None
+            classes = sum(path.is_dir() for path in folders.iterdir()) if folders else 10
+            torch.save(models.create(self.teacher, classes).state_dict(), weights)
             values |= {"method": "at", "teacher": self.teacher, "teacher-checkpoint": weights}
         return make_config(values)
-
-
-FOLDER = "imagefolder"
 
 
 def cases(cifar: Path | None, folder: Path | None) -> dict[Case, Path | None]:

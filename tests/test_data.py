@@ -27,7 +27,7 @@ def fake_set(
     images = torch.randint(256, (size, height, width, 3), dtype=torch.uint8, generator=draw)
     split = data.Split(images, torch.arange(size) % 10)
     return data.ImageSet(
-        split, split, 10, torch.tensor([125.3, 123.0, 113.9]), torch.full((3,), 63.0), pad, flip
+        split, split, 10, torch.tensor([125.3, 123.0, 113.9]), torch.tensor([63.0, 62.1, 66.7]), pad, flip
     )
 
 
@@ -80,7 +80,7 @@ def test_batches_are_channels_last_and_evaluation_is_not_augmented() -> None:
     images, _ = data.training_batch(dataset, data.plan_epoch(dataset, 0, 0), slice(0, 8))
     assert images.is_contiguous(memory_format=torch.channels_last)
     plain, labels = data.evaluation_batch(dataset, slice(3, 5))
-    expected = (dataset.test.images[3:5].permute(0, 3, 1, 2).float() - dataset.mean[:, None, None]) / 63.0
+    expected = (dataset.test.images[3:5].permute(0, 3, 1, 2).float() - dataset.mean[:, None, None]) / dataset.std[:, None, None]
     torch.testing.assert_close(plain, expected)
     assert labels.tolist() == [3, 4]
 
