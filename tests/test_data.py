@@ -80,7 +80,9 @@ def test_batches_are_channels_last_and_evaluation_is_not_augmented() -> None:
     images, _ = data.training_batch(dataset, data.plan_epoch(dataset, 0, 0), slice(0, 8))
     assert images.is_contiguous(memory_format=torch.channels_last)
     plain, labels = data.evaluation_batch(dataset, slice(3, 5))
-    expected = (dataset.test.images[3:5].permute(0, 3, 1, 2).float() - dataset.mean[:, None, None]) / dataset.std[:, None, None]
+    expected = (
+        dataset.test.images[3:5].permute(0, 3, 1, 2).float() - dataset.mean[:, None, None]
+    ) / dataset.std[:, None, None]
     torch.testing.assert_close(plain, expected)
     assert labels.tolist() == [3, 4]
 
