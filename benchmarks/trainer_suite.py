@@ -79,31 +79,14 @@ def cases(cifar: Path | None, folder: Path | None) -> dict[Case, Path | None]:
         Case(f"{small}, WRN-16-1 with AT from WRN-16-2", small, "wrn-16-1", "wrn-16-2", images=images): cifar,
     }
     if folder:
-        found |= {
-            Case(
-                "image files, data-bound: WRN-10-1 at 16 pixels", FOLDER, "wrn-10-1", None, 50, 1500, 16, 2
-            ): folder,
-            Case(
-                "image files, compute-bound: ResNet-18 at 96 pixels",
-                FOLDER,
-                "resnet-18",
-                None,
-                32,
-                256,
-                96,
-                2,
-            ): folder,
-            Case(
-                "image files, ResNet-18 with AT from ResNet-34 at 224 pixels",
-                FOLDER,
-                "resnet-18",
-                "resnet-34",
-                16,
-                32,
-                224,
-                2,
-            ): folder,
-        }
+        name = "image files, data-bound: WRN-10-1 at 16 pixels"
+        # One worker: on two cores a second one takes from the steps the core that it waits for.
+        bound = Case(name, FOLDER, "wrn-10-1", batch=50, images=1500, size=16, workers=1)
+        name = "image files, compute-bound: ResNet-18 at 96 pixels"
+        computes = Case(name, FOLDER, "resnet-18", batch=32, images=256, size=96, workers=2)
+        name = "image files, ResNet-18 with AT from ResNet-34 at 224 pixels"
+        distils = Case(name, FOLDER, "resnet-18", "resnet-34", batch=16, images=32, size=224, workers=2)
+        found |= dict.fromkeys((bound, computes, distils), folder)
     return found
 
 
