@@ -58,7 +58,7 @@ demo: setup ## train a teacher, a student and a student with attention transfer 
 	@$(BIN)/python examples/demo.py
 
 DATA ?=
-mini: setup ## Tables 4 and 5 in minutes on any folder of images: make mini DATA=FOLDER_WITH_train_AND_val
+mini: $(if $(DATA),setup) ## Tables 4 and 5 in minutes on any folder of images: make mini DATA=FOLDER_WITH_train_AND_val
 	@test -n "$(DATA)" || { echo "[mini] which images? make mini DATA=FOLDER_WITH_train_AND_val"; exit 2; }
 	@$(BIN)/python -m benchmarks.mini --data-dir "$(DATA)" --out runs/mini
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import paper_runs
+from benchmarks.command_line import Parser, absolute
 from benchmarks.paper_plan import RECIPES, Job
 from trainer.config import ConfigError, load_recipe, make_config
 
@@ -129,7 +130,7 @@ def plan(out: Path, pretraining: Path, finetuning: Path, keys: dict[str, Any]) -
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks.mini",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -137,8 +138,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add = parser.add_argument
-    add("--data-dir", required=True, type=_absolute, metavar="DIR", help="the images")
-    add("--out", required=True, type=_absolute, metavar="DIR", help="where runs and results go")
+    add("--data-dir", required=True, type=absolute, metavar="DIR", help="the images")
+    add("--out", required=True, type=absolute, metavar="DIR", help="where runs and results go")
     add("--epochs", type=int, metavar="N", help="instead of the recipes'")
     add(
         "--jobs",
@@ -151,15 +152,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
     return args
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ConfigError(message)
-
-
-def _absolute(text: str) -> Path:
-    return Path(text).resolve()
 
 
 if __name__ == "__main__":

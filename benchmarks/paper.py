@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from benchmarks import paper_report, paper_runs
+from benchmarks.command_line import Parser, absolute
 from benchmarks.paper_plan import TABLES, Plan
 from trainer.config import ConfigError
 
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks.paper",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -62,9 +61,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--columns", nargs="+", metavar="COLUMN", help="such as student at (default: what the paper reports)")
     add("--seeds", type=_positive, metavar="N", help="train seeds 0 to N-1 (default: as many as the paper)")
     add("--epochs", type=_positive, metavar="N", help="instead of the schedule's")
-    add("--data-dir", required=True, type=_absolute, metavar="DIR", help="as for train.py")
-    add("--out", required=True, type=_absolute, metavar="DIR", help="where runs and results go")
-    add("--teacher-checkpoint", type=_absolute, metavar="FILE", help="use these weights, train no teacher")
+    add("--data-dir", required=True, type=absolute, metavar="DIR", help="as for train.py")
+    add("--out", required=True, type=absolute, metavar="DIR", help="where runs and results go")
+    add("--teacher-checkpoint", type=absolute, metavar="FILE", help="use these weights, train no teacher")
     add(
         "--jobs",
         type=_positive,
@@ -81,15 +80,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.teacher_checkpoint and len(rows) > 1:
         parser.error("--teacher-checkpoint serves a single row: choose it with --rows")
     return args
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ConfigError(message)
-
-
-def _absolute(text: str) -> Path:
-    return Path(text).resolve()
 
 
 def _positive(text: str) -> int:
