@@ -411,8 +411,8 @@ class Run:
             "method": config.method,
             "seed": config.seed,
         }
-        reporting.write_summary(self.folder, summary)
         (self.folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
+        reporting.write_summary(self.folder, summary)
         self.reporter.say(
             f"test error: last {summary['last_test_error']:.2f} %, best {best:.2f} %; "
             f"results in {self.folder}"
