@@ -55,13 +55,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table: a job per seed, and the error that the paper reports, in percent."""
+    """A cell of a table: a job per seed, and the errors that the paper reports, in percent."""
 
     row: str
     column: str
     recipe: str
     jobs: list[Job]
     paper: float | None
+    paper_top5: float | None = None
 
     @property
     def pair(self) -> str:
@@ -127,7 +128,8 @@ class Plan:
                     continue
                 numbers = range(1 if teaches else seeds)
                 jobs = [self._job(cell, self._teacher_recipe(row, column), seed) for seed in numbers]
-                cells.append(Cell(name, column, cell["recipe"], jobs, cell.get("paper")))
+                paper = [cell.get(key) for key in ("paper", "paper_top5")]
+                cells.append(Cell(name, column, cell["recipe"], jobs, *paper))
         return cells
 
     @cached_property

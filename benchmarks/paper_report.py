@@ -22,6 +22,7 @@ HEADINGS = [
     "paper",
     "its change",
 ]
+TOP5_HEADINGS = ["top 5", "its top 5"]  # where the paper has it
 Entry = dict[str, Any]
 
 
@@ -55,6 +56,10 @@ def _entry(cell: Cell, plan: Plan) -> Entry:
         name: getattr(cell, name) for name in ("row", "column", "pair", "label", "recipe", "paper")
     }
     entry |= {"epochs": cell.jobs[0].config.epochs, "runs": runs}
+    if cell.paper_top5 is not None:
+        entry["paper_top5"] = cell.paper_top5
+    if top5 := [run["last_test_top5_error"] for run in runs if "last_test_top5_error" in run]:
+        entry["median_last_top5"] = median(top5)
     for kind in ("last", "best"):
         errors = [run[f"{kind}_test_error"] for run in runs]
         entry[f"median_{kind}"] = median(errors) if errors else None
@@ -71,10 +76,10 @@ def _run(job: Job, summary: dict[str, Any], plan: Plan) -> Entry:
             config[key] = (
                 str(path.relative_to(plan.folder)) if path.is_relative_to(plan.folder) else path.name
             )
+    kinds = ("last_test_error", "best_test_error", "last_test_top5_error")
     return {
         "seed": job.config.seed,
-        "last_test_error": summary["last_test_error"],
-        "best_test_error": summary["best_test_error"],
+        **{kind: summary[kind] for kind in kinds if kind in summary},
         "seconds": sum(epoch["seconds"] for epoch in history),
         "test_error": [epoch["test_error"] for epoch in history],
         "train_error": [epoch["train_error"] for epoch in history],
@@ -88,23 +93,29 @@ def _run(job: Job, summary: dict[str, Any], plan: Plan) -> Entry:
 def markdown(result: Entry) -> str:
     """The results as a table; cells without a finished run say so."""
     epochs = sorted({entry["epochs"] for entry in result["cells"]})
+    top5 = any("paper_top5" in entry for entry in result["cells"])
+    headings = HEADINGS + TOP5_HEADINGS if top5 else HEADINGS
     lines = [
         f"{result['title']}. Test error in percent, schedule `{result['schedule']}` "
         f"({', '.join(map(str, epochs))} epochs): the median over seeds, ± half of their range. "
         f"Change: against the student alone. Paper: {result['paper_says']}.",
         "",
-        f"| {' | '.join(HEADINGS)} |",
-        "|" + "---|" * len(HEADINGS),
+        f"| {' | '.join(headings)} |",
+        "|" + "---|" * len(headings),
     ]
     baselines = {entry["row"]: entry for entry in result["cells"] if entry["column"] == BASELINE}
     for entry in result["cells"]:
         base = baselines.get(entry["row"], {})
         measured = [_spread(entry, "last"), _spread(entry, "best"), str(len(entry["runs"]))]
         changes = [_change(entry, base, key) for key in ("median_last", "paper")]
-        paper = "" if entry["paper"] is None else f"{entry['paper']:.2f}"
-        cells = [entry["pair"], entry["label"], *measured, changes[0], paper, changes[1]]
+        cells = [entry["pair"], entry["label"], *measured, changes[0], _figure(entry, "paper"), changes[1]]
+        cells += [_figure(entry, key) for key in ("median_last_top5", "paper_top5") if top5]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _figure(entry: Entry, key: str) -> str:
+    return "" if entry.get(key) is None else f"{entry[key]:.2f}"
 
 
 def _spread(entry: Entry, kind: str) -> str:

@@ -25,7 +25,7 @@ def plan(out: Path, table: str = "table1", **options: Any) -> Plan:
     return Plan(table, options.pop("schedule"), out, out / "data", **options)
 
 
-def finish(job: Job, error: float, epochs: int = 2) -> None:
+def finish(job: Job, error: float, epochs: int = 2, **summary: float) -> None:
     """A run as train.py would leave it; its error falls to `error` and rises by 1 in the last epoch."""
     job.folder.mkdir(parents=True)
     (job.folder / "config.yaml").write_text(job.config.to_yaml())
@@ -35,7 +35,7 @@ def finish(job: Job, error: float, epochs: int = 2) -> None:
     history.append({"seconds": 3.0, "test_error": error, "train_error": 4.0})
     (job.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
     (job.folder / "summary.json").write_text(
-        json.dumps({"last_test_error": error, "best_test_error": error - 1})
+        json.dumps({"last_test_error": error, "best_test_error": error - 1} | summary)
     )
 
 
@@ -164,6 +164,18 @@ def test_finished_runs_are_kept_and_tabled(tmp_path: Path, capsys: pytest.Captur
     assert config["teacher-checkpoint"] == f"{TEACHER}/model.pt"
     assert str(tmp_path) not in json.dumps(result)
     assert (tmp_path / "short/table1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_top5_error_where_the_paper_has_it(tmp_path: Path) -> None:
+    own = plan(tmp_path, "table5", schedule="paper", columns=["student", "at"])
+    finish(own.cells[0].jobs[0], 40.0, last_test_top5_error=15.5)
+    lines = paper_report.write(own).splitlines()
+    assert lines[2].endswith("| paper | its change | top 5 | its top 5 |")
+    assert lines[4].endswith("| 40.00 | 39.00 | 1 |  | 30.40 |  | 15.50 | 10.80 |")
+    assert lines[5].endswith("| not finished |  | 0 |  | 29.30 | −1.10 |  | 10.00 |")
+    result = json.loads((tmp_path / "paper/table5.json").read_text())
+    assert result["cells"][0]["runs"][0]["last_test_top5_error"] == 15.5
+    assert paper_report.markdown(result).splitlines() == lines
 
 
 def test_unfinished_cells_say_so(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 
 import models
 import train
@@ -35,6 +36,7 @@ SMALL = {
     "lr-schedule": "onecycle",
     "threads": 1,
 }
+CPU = torch.device("cpu")
 TIMING = ("seconds", "images_per_second")
 
 
@@ -133,7 +135,7 @@ def test_model_has_the_reported_test_error(student: Path) -> None:
     model = models.create("wrn-10-1")
     model.load_state_dict(torch.load(student / "model.pt", weights_only=True))
     config = make_config(SMALL)
-    test = data.load(config, torch.device("cpu")).test
+    test = data.load(config, CPU).test
     images = ((test.images.float() - 77.8) / 81.1).permute(0, 3, 1, 2)
     with torch.no_grad():
         wrong = sum(
@@ -141,6 +143,39 @@ def test_model_has_the_reported_test_error(student: Path) -> None:
             for image, label in zip(images, test.labels, strict=True)
         )
     assert metrics(student)[-1]["test_error"] == 100 * wrong / 100
+
+
+def test_top5_error_of_more_than_ten_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Table 5 gives both: here those of the saved weights, by the ranks of the labels."""
+    draw = np.random.default_rng(0)
+    names = ("train/{:02}/0.png", "val/{:02}/0.png", "val/{:02}/1.png", "val/{:02}/2.png")
+    for name in [name.format(label) for label in range(12) for name in names]:
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(256, size=(24, 24, 3), dtype=np.uint8)).save(path)
+    files = {
+        "dataset": "imagefolder", "data_dir": tmp_path / "images", "image_size": 16, "limit_train": 12,
+        "limit_test": 36, "batch_size": 4, "epochs": 2,
+    }  # fmt: skip
+    assert run(tmp_path / "teacher", student="wrn-10-2", **files) == 0
+    assert run(tmp_path / "student", **at_kd(tmp_path / "teacher"), **files) == 0
+    ours, teachers = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("student", "teacher"))
+    assert ours["teacher_test_top5_error"] == teachers["last_test_top5_error"]
+    assert teachers["teacher_test_top5_error"] is None
+
+    last = metrics(tmp_path / "student")[-1]
+    dataset = data.load(make_config(yaml.safe_load((tmp_path / "student/config.yaml").read_text())), CPU)
+    ((images, labels),) = dataset.evaluation_batches([slice(0, 36)])
+    model = models.create("wrn-10-1", num_classes=12).eval()
+    model.load_state_dict(torch.load(tmp_path / "student/model.pt", weights_only=True))
+    with torch.no_grad():
+        logits = model(images)
+    better = (logits > logits[range(36), labels][:, None]).sum(1)  # classes that are ranked above the label
+    errors = [100 * int((better >= k).sum()) / 36 for k in (1, 5)]
+    assert 0 < errors[1] < errors[0]
+    assert [last["test_error"], last["test_top5_error"]] == errors
+    assert [ours["last_test_error"], ours["last_test_top5_error"]] == errors
+    assert f"test error {errors[0]:.2f} % (top 5: {errors[1]:.2f} %)" in capsys.readouterr().out
 
 
 def test_same_seed_same_run_and_another_seed_another(teacher: Path, student: Path, tmp_path: Path) -> None:
@@ -167,7 +202,7 @@ def test_training_step_against_a_plain_loop(method: str, teacher: Path, tmp_path
         "beta": 300,
         "weight-decay": 0.1,
     }
-    ours = engine.Run(make_config(keys), Ranks(0, 1, torch.device("cpu")))
+    ours = engine.Run(make_config(keys), Ranks(0, 1, CPU))
     plain = models.create("wrn-10-1")
     plain.load_state_dict(ours.student.state_dict())
     guide = models.create("wrn-10-2").eval()

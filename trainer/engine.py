@@ -77,7 +77,7 @@ class Progress:
     history: list[reporting.Metrics] = field(default_factory=list)
     partial: reporting.Metrics | None = None  # of an epoch that max-steps cut short, until it is continued
     seconds: float = 0.0  # spent in the current epoch so far
-    teacher_error: float | None = None
+    teacher: dict[str, float] | None = None  # its test errors, as `Run.evaluate` gives them
 
     @property
     def lines(self) -> list[reporting.Metrics]:
@@ -197,9 +197,9 @@ class Run:
             if line:
                 reporter.say(line)
         if self.teacher is not None:
-            if progress.teacher_error is None:
-                progress.teacher_error = self.evaluate(self.teacher)
-            reporter.say(f"teacher {config.teacher}: test error {progress.teacher_error:.2f} %")
+            if progress.teacher is None:
+                progress.teacher = self.evaluate(self.teacher)
+            reporter.say(f"teacher {config.teacher}: {reporting.test_errors(progress.teacher)}")
         if progress.step:
             reporter.say(f"continuing from step {progress.step} of {self.last_step}")
             self._write_metrics()  # a line that the checkpoint does not know of belongs to a lost epoch
@@ -253,7 +253,7 @@ class Run:
             "at_loss": at / images,
             "kd_loss": kd / images,
             "train_error": 100 * wrong / images,
-            "test_error": self.evaluate(self.forward),
+            **self.evaluate(self.forward),
             "images_per_second": images / seconds,
             "seconds": seconds,
         }
@@ -324,23 +324,30 @@ class Run:
         return nullcontext()
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> float:
-        """Test error of `model` in percent; every test image counts exactly once over all ranks."""
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Errors of `model` in percent; every test image counts exactly once over all ranks.
+
+        `test_error`, and of more than ten classes `test_top5_error`: the label isn't among the first five.
+        """
         self.ranks.broadcast_(list(self.student.buffers()))
         model = model.module if isinstance(model, DistributedDataParallel) else model
         model.eval()
         share = self.ranks.share(0, len(self.dataset.test))
-        counts = torch.zeros(2, dtype=torch.int64, device=self.ranks.device)  # wrong, seen
+        top5 = self.dataset.classes > 10  # of ten, five would say little
+        counts = torch.zeros(3, dtype=torch.int64, device=self.ranks.device)  # seen, wrong, not in the top 5
         with self._autocast():
             size = self.config.test_batch_size
             starts = range(share.start, share.stop, size)
             parts = [slice(start, min(start + size, share.stop)) for start in starts]
             for images, labels in self.dataset.evaluation_batches(parts):
                 logits, _ = model(self._format(images))
-                counts[0] += (logits.argmax(1) != labels).sum()
-                counts[1] += len(labels)
-        wrong, seen = self.ranks.sum_(counts).tolist()
-        return 100 * wrong / seen
+                counts[0] += len(labels)
+                counts[1] += (logits.argmax(1) != labels).sum()
+                if top5:
+                    counts[2] += (logits.topk(5).indices != labels[:, None]).all(1).sum()
+        seen, wrong, wrong5 = self.ranks.sum_(counts).tolist()
+        errors = {"test_error": 100 * wrong / seen}
+        return errors | {"test_top5_error": 100 * wrong5 / seen} if top5 else errors
 
     def _autocast(self) -> torch.autocast:
         dtype = AMP_DTYPES.get(self.config.amp)
@@ -398,19 +405,23 @@ class Run:
         if not self.ranks.first:
             return
         config, history = self.config, self.progress.lines
+        last, teacher = history[-1], self.progress.teacher or {}
         checkpoint.save(self.folder / "model.pt", checkpoint.weights(self.student))
         title = f"{config.student} on {config.dataset}, method {config.method}, seed {config.seed}"
         reporting.write_curves(self.folder, history, title)
         best = min(metrics["test_error"] for metrics in history)
         summary = {
-            "last_test_error": history[-1]["test_error"],
+            "last_test_error": last["test_error"],
             "best_test_error": best,
-            "teacher_test_error": self.progress.teacher_error,
+            "teacher_test_error": teacher.get("test_error"),
             "epochs": len(history),
             "parameters": parameters,
             "method": config.method,
             "seed": config.seed,
         }
+        if "test_top5_error" in last:
+            summary["last_test_top5_error"] = last["test_top5_error"]
+            summary["teacher_test_top5_error"] = teacher.get("test_top5_error")
         (self.folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
         reporting.write_summary(self.folder, summary)
         self.reporter.say(

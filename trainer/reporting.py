@@ -58,7 +58,7 @@ class Reporter:
         ]
         self.say(
             f"epoch {metrics['epoch']}/{epochs}  loss {metrics['train_loss']:.4f} ({', '.join(terms)})  "
-            f"train error {metrics['train_error']:.2f} %  test error {metrics['test_error']:.2f} %  "
+            f"train error {metrics['train_error']:.2f} %  {test_errors(metrics)}  "
             f"lr {metrics['lr']:.3g}  {metrics['images_per_second']:.0f} images/s  {metrics['seconds']:.0f} s"
         )
         if self._progress:
@@ -75,6 +75,12 @@ class Reporter:
             self._progress.stop()
         if self._tensorboard:
             self._tensorboard.close()
+
+
+def test_errors(metrics: Metrics) -> str:
+    """Of an epoch, or of a teacher."""
+    top5 = f" (top 5: {metrics['test_top5_error']:.2f} %)" if "test_top5_error" in metrics else ""
+    return f"test error {metrics['test_error']:.2f} %{top5}"
 
 
 def write_metrics(folder: Path, history: list[Metrics]) -> None:
