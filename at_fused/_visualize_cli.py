@@ -6,6 +6,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--titles", nargs="+", metavar="TEXT", help="what to call each network (default: its name)")
     add("--images", nargs="+", metavar="PATH", help="image files and folders")
+    add(
+        "--size", type=int, metavar="PIXELS", help="side of the images that networks get (default: their own)"
+    )
     add("--count", type=int, default=4, help="images of each folder (default %(default)s)")
     add(
         "--dataset",
@@ -97,7 +101,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="*",
         metavar="MODULE",
         help="also (without --taps: only) maps of the loss's gradient at the input, or at these modules. The "
-        "class in the loss is the data set's, or for files what the network predicts",
+        "class in the loss is the data set's, or what the network predicts: for files, or of other classes",
     )
     add("--headings", nargs="+", metavar="TEXT", help="what to call the taps (default: their names)")
     add("--p", nargs="+", type=float, default=[2.0], metavar="P", help="exponents of the maps (default 2)")
@@ -140,12 +144,15 @@ def _draw(args: argparse.Namespace) -> str:
             taps = _tap_names(args, number, model, x)
             logits, features[title] = _forward(title, model, x, taps)
         seen = logits.argmax(1)
-        targets = seen if images.targets is None else images.targets
+        answerable = not classes or len(classes) == logits.shape[1]
+        targets = images.targets if answerable else None  # else the network knows other classes
         for layer in args.gradient or ():
-            j = input_gradient(model, x, targets, layer=None if layer == INPUT else layer)
+            j = input_gradient(
+                model, x, seen if targets is None else targets, layer=None if layer == INPUT else layer
+            )
             features[title].append(_channels_first(j))
         names[title] = [*taps, *(f"gradient at {layer}" for layer in args.gradient or ())]
-        captions[title] = _captions(seen, logits.shape[1], classes, images.targets)
+        captions[title] = _captions(seen, logits.shape[1], classes, targets)
 
     count = min(len(taps) for taps in names.values())
     features = {title: found[-count:] for title, found in features.items()}  # aligned at the top
@@ -170,8 +177,8 @@ def _draw(args: argparse.Namespace) -> str:
 def _check(args: argparse.Namespace) -> None:
     if bool(args.images) == bool(args.dataset):
         raise ValueError("give either --images or --dataset")
-    if args.count < 1 or (args.levels is not None and args.levels < 1):
-        raise ValueError("--count and --levels must be at least 1")
+    if any(value is not None and value < 1 for value in (args.count, args.levels, args.size)):
+        raise ValueError("--count, --levels and --size must be at least 1")
     if args.gradient == []:
         args.gradient = [INPUT]
     known = ("colour map", args.colours, _colour_maps()), ("--out ending", args.out.suffix[1:], _formats())
@@ -204,6 +211,8 @@ def _load_networks(args: argparse.Namespace) -> dict[str, Network]:
         print(f"visualize: random weights: {', '.join(random)}", file=sys.stderr)
     pairs = zip(models, weights, strict=True)
     loaded = [_networks.load(name, None if file == "random" else file) for name, file in pairs]
+    if args.size:
+        loaded = [replace(n, architecture=replace(n.architecture, size=args.size)) for n in loaded]
     return dict(zip(titles, loaded, strict=True))
 
 

@@ -211,6 +211,35 @@ def test_predictions_are_named(drawing: Any, folder: Path, weights: Path, tmp_pa
     assert _networks.categories(1000)[283] == "Persian cat"  # type: ignore[index]
 
 
+def test_size_is_what_networks_get(drawing: Any, folder: Path, weights: Path) -> None:
+    words = ("--model", "wrn-10-1", "--checkpoint", weights, "--images", folder, "--size", 48)
+    seen = drawing(*words, "--taps", "group3")
+    assert seen["images"].shape == (3, 3, 48, 48)
+    model = models.load_pretrained(weights)
+    with at_fused.FeatureTaps(model, ["group3"]) as taps, torch.no_grad():
+        model(normalised(seen["images"]))
+        torch.testing.assert_close(seen["networks"]["wrn-10-1"], taps.features)
+
+
+def test_a_network_of_other_classes_is_neither_right_nor_wrong(
+    drawing: Any, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradients are those of what it sees, too: index 7 of ten digits is none of its five classes."""
+    losses: list[Tensor] = []
+
+    def input_gradient(model: nn.Module, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        losses.append(targets)
+        return at_fused.input_gradient(model, x, targets, **options)
+
+    monkeypatch.setattr(_visualize_cli, "input_gradient", input_gradient)
+    words = ("--dataset", "digits", "--indices", 0, 1, 2, "--predictions", "--gradient")
+    seen = drawing("--model", "wrn-10-1", "--checkpoint", weights, *words)
+    assert seen["captions"]["wrn-10-1"] == [f"class {target}" for target in losses[0].tolist()]
+    assert max(losses[0]) < 5
+    (text, *_) = drawing("--model", "wrn-10-1", *words)["captions"]["wrn-10-1"]
+    assert text[0] in "✓✗"
+
+
 def test_a_torchvision_checkpoint_sets_the_number_of_classes(
     drawing: Any, folder: Path, tmp_path: Path
 ) -> None:
@@ -316,6 +345,7 @@ def test_in_place_layers_leave_recorded_features_alone() -> None:
         ("WRN --p 0.5", "p must be"),
         ("WRN --mapping mean", "invalid choice: 'mean'"),
         ("WRN --count 0", "at least 1"),
+        ("WRN --size 0", "at least 1"),
         ("WRN --headings a", "1 group headings for 3 groups"),
         ("WRN --classes nowhere.txt", "nowhere.txt"),
         ("--model wrn-10-1 --dataset digits --indices 797", "index 797: digits has the test images 0 to 796"),
