@@ -16,6 +16,8 @@ from benchmarks import paper, paper_plan, paper_report, paper_runs
 from benchmarks.paper_plan import Job, Plan
 from trainer.config import ConfigError, make_config
 
+ROOT = Path(__file__).parent.parent
+RESULTS = sorted(ROOT.glob("benchmarks/results/*/table[1-5].json"))
 ROW = "wrn-16-1-from-wrn-16-2"
 STUDENT, TEACHER = "table1/wrn-16-1/seed0", "table1/wrn-16-2/seed0"
 
@@ -186,10 +188,12 @@ def test_unfinished_cells_say_so(tmp_path: Path) -> None:
     assert "| student alone | 13.00 | 12.00 | 1 |" in text
 
 
-def test_the_committed_result_is_what_its_json_says() -> None:
-    folder = Path(__file__).parent.parent / "benchmarks/results/cifar10-short"
-    result = json.loads((folder / "table1.json").read_text())
-    assert paper_report.markdown(result) == (folder / "table1.md").read_text()
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_committed_results_are_what_their_json_says(path: Path) -> None:
+    """The README's rows, too."""
+    text = paper_report.markdown(json.loads(path.read_text()))
+    assert text == path.with_suffix(".md").read_text()
+    assert text.partition("\n\n")[2] in (ROOT / "README.md").read_text()
 
 
 def test_curves_are_medians_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
