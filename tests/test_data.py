@@ -138,3 +138,25 @@ def test_missing_and_damaged_cifar(tmp_path: Path, dataset: str, folder: str) ->
     with pytest.raises(ConfigError, match=r"incomplete or damaged .expected: .*test") as caught:
         data.load(config, CPU)
     assert "\n" not in str(caught.value)
+
+
+def test_cifar_is_held_without_strides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's images are a transposed view: taken as they are, every batch would copy the whole set."""
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    stored = np.arange(20 * 3 * 32 * 32, dtype=np.uint8).reshape(20, 3, 32, 32)
+
+    class Cifar:
+        base_folder, train_list, test_list = "cifar-10-batches-py", (), ()
+        data, targets = stored.transpose(0, 2, 3, 1), list(range(20))
+
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            pass
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Cifar)
+    config = make_config({"dataset": "cifar10", "student": "wrn-10-1", "data-dir": str(tmp_path)})
+    dataset = data.load_whole(config, CPU)
+    assert dataset.train.images.is_contiguous() and dataset.test.images.is_contiguous()
+    assert dataset.train.images.numpy().tobytes() == stored.transpose(0, 2, 3, 1).tobytes()
+    chosen = torch.arange(2)
+    with pytest.raises(RuntimeError, match="view"):
+        data.augment(torch.from_numpy(Cifar.data), chosen, chosen, chosen, chosen.bool(), 4)

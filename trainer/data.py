@@ -140,7 +140,7 @@ def evaluation_batch(dataset: ImageSet, part: slice) -> tuple[Tensor, Tensor]:
 def augment(images: Tensor, chosen: Tensor, down: Tensor, right: Tensor, flip: Tensor, pad: int) -> Tensor:
     """Pad by reflection, crop back to size at (down, right), mirror where `flip`: one gather per batch.
 
-    `images` (N, H, W, C) uint8; `chosen`, `down`, `right`, `flip` (n,); returns (n, H, W, C) uint8.
+    `images` (N, H, W, C) uint8, contiguous; `chosen`, `down`, `right`, `flip` (n,); returns (n, H, W, C) uint8.
     """
     height, width = images.shape[1:3]
     rows = _reflect(down[:, None] + torch.arange(height, device=images.device) - pad, height)
@@ -149,7 +149,8 @@ def augment(images: Tensor, chosen: Tensor, down: Tensor, right: Tensor, flip: T
     columns = _reflect(right[:, None] + columns - pad, width)
     pixels = (chosen[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
     # index_select takes whole pixels: on a CPU a fifth of the time of indexing by three tensors
-    return images.flatten(0, 2).index_select(0, pixels.flatten()).view(*pixels.shape, images.shape[3])
+    flat = images.view(-1, images.shape[3])  # flatten would copy a strided set, whole, for every batch
+    return flat.index_select(0, pixels.flatten()).view(*pixels.shape, images.shape[3])
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -205,7 +206,9 @@ def _load_cifar(config: Config) -> tuple[Split, Split, int, list[float], list[fl
         raise ConfigError(
             f"data-dir {root}: {kind.base_folder} is incomplete or damaged (expected: {files}; {reason})"
         ) from None
-    train, test = (Split(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts)
+    # torchvision transposes its images from channels-first, and leaves it at the strides
+    pixels = [torch.from_numpy(part.data).contiguous() for part in parts]
+    train, test = (Split(x, torch.tensor(part.targets)) for x, part in zip(pixels, parts, strict=True))
     if config.dataset == "cifar100":
         return train, test, 100, [129.3, 124.1, 112.4], [68.2, 65.4, 70.4]
     return train, test, 10, [125.3, 123.0, 113.9], [63.0, 62.1, 66.7]
