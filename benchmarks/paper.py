@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             epochs=args.epochs,
             threads=args.threads,
             teacher_checkpoint=args.teacher_checkpoint,
+            known=args.known,
         )
         if args.dry_run:
             print(paper_runs.estimate(plan.jobs))
@@ -64,6 +65,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data-dir", required=True, type=absolute, metavar="DIR", help="as for train.py")
     add("--out", required=True, type=absolute, metavar="DIR", help="where runs and results go")
     add("--teacher-checkpoint", type=absolute, metavar="FILE", help="use these weights, train no teacher")
+    add(
+        "--known",
+        nargs="+",
+        type=absolute,
+        default=[],
+        metavar="FILE",
+        help="a TABLE.json, of another table or machine, whose runs need not be trained again",
+    )
     add(
         "--jobs",
         type=_positive,

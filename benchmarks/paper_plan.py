@@ -78,11 +78,12 @@ class Plan:
     """The cells of a table that were asked for.
 
     Runs lie in `out`/`schedule`, by recipe and seed, so that tables share them. Where `teacher_checkpoint` is
-    given, no teacher is trained.
+    given, no teacher is trained. Runs that a file of `known` (a TABLE.json) holds with the same configuration
+    count as finished; those whose weights others need are trained all the same.
 
     Raises:
-        ConfigError: (from `cells`) unknown rows or columns, a schedule that the table has not, or a recipe or
-            combination of keys that train.py would refuse.
+        ConfigError: (from `cells` and `jobs`) unknown rows or columns, a schedule that the table has not, a
+            recipe or combination of keys that train.py would refuse, or a file of `known` that is no table.
     """
 
     table: str
@@ -95,6 +96,7 @@ class Plan:
     epochs: int | None = None
     threads: int = 0
     teacher_checkpoint: Path | None = None
+    known: Sequence[Path] = ()
 
     @property
     def folder(self) -> Path:
@@ -135,11 +137,34 @@ class Plan:
     @cached_property
     def jobs(self) -> list[Job]:
         """Every job once (cells share some): teachers first, then seed by seed, to compare early."""
-        every = [job for cell in self.cells for job in cell.jobs]
+        every = [job for cell in self.cells for job in cell.jobs if self.known_run(job) is None]
         teachers = {job.teacher.name: job.teacher for job in every if job.teacher}
         return list(
             (teachers | {job.name: job for job in sorted(every, key=lambda j: j.config.seed)}).values()
         )
+
+    def known_run(self, job: Job) -> dict[str, Any] | None:
+        """What a file of `known` tells of this very run, as `paper_report` writes it."""
+        run = self._known_runs.get(job.name)
+        if run is None:
+            return None
+        config = dict(run["config"])
+        if config["teacher-checkpoint"]:  # relative to the folder that the file described
+            config["teacher-checkpoint"] = str((self.folder / config["teacher-checkpoint"]).resolve())
+        return None if differing_keys(config, job.config) else run
+
+    @cached_property
+    def _known_runs(self) -> dict[str, dict[str, Any]]:
+        runs = {}
+        for path in self.known:
+            try:
+                cells = json.loads(path.read_text())["cells"]
+                runs |= {f"{cell['recipe']}/seed{run['seed']}": run for cell in cells for run in cell["runs"]}
+            except OSError as error:
+                raise ConfigError(f"known {path}: {error.strerror}") from None
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(f"known {path}: not the JSON of a table's results") from None
+        return runs
 
     @staticmethod
     def _teacher_recipe(row: dict[str, Any], column: str) -> str:

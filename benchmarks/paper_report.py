@@ -51,7 +51,7 @@ def results(plan: Plan) -> Entry:
 
 
 def _entry(cell: Cell, plan: Plan) -> Entry:
-    runs = [_run(job, summary, plan) for job in cell.jobs if (summary := job.summary())]
+    runs = [run for job in cell.jobs if (run := _finished(job, plan) or plan.known_run(job))]
     entry: Entry = {
         name: getattr(cell, name) for name in ("row", "column", "pair", "label", "recipe", "paper")
     }
@@ -67,7 +67,10 @@ def _entry(cell: Cell, plan: Plan) -> Entry:
     return entry
 
 
-def _run(job: Job, summary: dict[str, Any], plan: Plan) -> Entry:
+def _finished(job: Job, plan: Plan) -> Entry | None:
+    summary = job.summary()
+    if summary is None:
+        return None
     history = job.history()
     config = job.stored_config()
     for key, value in config.items():  # paths of this machine say nothing to others

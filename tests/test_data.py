@@ -155,7 +155,8 @@ def test_cifar_is_held_without_strides(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Cifar)
     config = make_config({"dataset": "cifar10", "student": "wrn-10-1", "data-dir": str(tmp_path)})
     dataset = data.load_whole(config, CPU)
-    assert dataset.train.images.is_contiguous() and dataset.test.images.is_contiguous()
+    assert dataset.train.images.is_contiguous()
+    assert dataset.test.images.is_contiguous()
     assert dataset.train.images.numpy().tobytes() == stored.transpose(0, 2, 3, 1).tobytes()
     chosen = torch.arange(2)
     with pytest.raises(RuntimeError, match="view"):

@@ -168,6 +168,30 @@ def test_finished_runs_are_kept_and_tabled(tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "short/table1.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_known_runs_are_not_trained_again(tmp_path: Path) -> None:
+    first = plan(tmp_path / "first", columns=["student", "at", "teacher"])
+    for number, job in enumerate(first.jobs):
+        finish(job, 10.0 + number)
+    paper_report.write(first)
+    known = [tmp_path / "first/short/table1.json"]
+    second = plan(tmp_path / "second", "table2", known=known)
+    others = [f"table2/{column}/seed{seed}" for seed in (0, 1) for column in ("f-sum", "f-sum4", "f-max")]
+    assert [job.name for job in second.jobs] == [TEACHER, *others]  # their teacher's weights are needed
+    cells = {entry["column"]: entry["runs"] for entry in paper_report.results(second)["cells"]}
+    assert [run["last_test_error"] for run in cells["f-sum2"]] == [12.0, 14.0]
+    assert [run["last_test_error"] for run in cells["student"]] == [11.0, 13.0]
+    assert [run["last_test_error"] for run in cells["teacher"]] == [10.0]
+    assert cells["f-max"] == []
+    assert plan(tmp_path / "second", columns=["student", "at"], known=known).jobs == []
+    finish(second.jobs[0], 20.0)  # one's own come first
+    assert paper_report.results(second)["cells"][-1]["runs"][0]["last_test_error"] == 20.0
+    other = plan(tmp_path / "second", columns=["student", "at"], known=known, epochs=9)
+    assert [job.name for job in other.jobs] == [job.name for job in first.jobs]
+    given = tmp_path / "t.pt"
+    own_teacher = plan(tmp_path / "second", columns=["at"], known=known, teacher_checkpoint=given)
+    assert len(own_teacher.jobs) == 2  # another teacher's students are other runs
+
+
 def test_top5_error_where_the_paper_has_it(tmp_path: Path) -> None:
     own = plan(tmp_path, "table5", schedule="paper", columns=["student", "at"])
     finish(own.cells[0].jobs[0], 40.0, last_test_top5_error=15.5)
@@ -238,6 +262,8 @@ def test_another_run_is_not_taken_for_a_result(tmp_path: Path, capsys: pytest.Ca
         ("table1 --jobs 0", "--jobs"),
         ("table1 --teacher-checkpoint t.pt", "serves a single row"),
         ("table1 --dry-run", "no folder cifar-10-batches-py"),
+        ("table1 --known nothing.json", "nothing.json: No such file"),
+        (f"table1 --known {__file__}", "not the JSON of a table's results"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(

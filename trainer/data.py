@@ -140,7 +140,8 @@ def evaluation_batch(dataset: ImageSet, part: slice) -> tuple[Tensor, Tensor]:
 def augment(images: Tensor, chosen: Tensor, down: Tensor, right: Tensor, flip: Tensor, pad: int) -> Tensor:
     """Pad by reflection, crop back to size at (down, right), mirror where `flip`: one gather per batch.
 
-    `images` (N, H, W, C) uint8, contiguous; `chosen`, `down`, `right`, `flip` (n,); returns (n, H, W, C) uint8.
+    `images` (N, H, W, C) uint8, contiguous; `chosen`, `down`, `right`, `flip` (n,). Returns
+    (n, H, W, C) uint8.
     """
     height, width = images.shape[1:3]
     rows = _reflect(down[:, None] + torch.arange(height, device=images.device) - pad, height)
