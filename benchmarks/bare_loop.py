@@ -24,10 +24,15 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class InMemory:
-    """Shuffled batches of images (N, H, W, 3) uint8: random crops of the reflected image, random flips."""
+    """Shuffled batches of images (N, H, W, 3) uint8: random crops of the reflected image, random flips.
 
-    def __init__(self, images: Tensor, labels: Tensor, batch: int, pad: int, flip: bool) -> None:
-        self.size, self.batch, self.flip = images.shape[1], batch, flip
+    Where `steps` is given, an epoch ends after as many batches.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, batch: int, pad: int, flip: bool, steps: int | None = None
+    ) -> None:
+        self.size, self.batch, self.flip, self.steps = images.shape[1], batch, flip, steps
         self.labels = labels
         planes = images.permute(0, 3, 1, 2)
         self.mean = planes.float().mean((0, 2, 3))[:, None, None]
@@ -36,7 +41,7 @@ class InMemory:
         self.crops = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)  # (N, 3, y, x, H, W), a view
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for chosen in torch.randperm(len(self.labels)).split(self.batch):
+        for chosen in torch.randperm(len(self.labels)).split(self.batch)[: self.steps]:
             y, x = torch.randint(self.crops.shape[2], (2, len(chosen)))
             images = (self.crops[chosen, :, y, x] - self.mean) / self.std
             if self.flip:
