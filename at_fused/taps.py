@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -25,8 +27,9 @@ class FeatureTaps:
             DistributedDataParallel or torch.compile, tap the original module it wraps.
         names: submodules to record, in the order in which `features` lists them.
 
-    A module called several times in one forward pass keeps its last output. Hooks live from
-    construction until the `with` block ends, or until `close()`.
+    A module called several times in one forward pass keeps its last output. Nothing is copied: where a later
+    module works in place on a recorded output (`nn.ReLU(inplace=True)`), reading it gives what that module
+    left, and a UserWarning. Hooks live from construction until the `with` block ends, or until `close()`.
 
     Raises:
         ValueError: a name that is not a submodule (close matches are listed), or a repeated one.
@@ -44,7 +47,8 @@ class FeatureTaps:
                 raise ValueError(unknown_name(name, list(modules)))
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"module names are repeated: {list(self.names)}")
-        self._outputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, tuple[Tensor, int | None]] = {}  # and their versions when recorded
+        self._warned: set[str] = set()
         self._handles: list[RemovableHandle] = [
             modules[name].register_forward_hook(self._recorder(name)) for name in self.names
         ]
@@ -53,7 +57,7 @@ class FeatureTaps:
         def record(module: nn.Module, args: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 raise TypeError(f"tapped module {name!r} returned {type(output).__name__}, not a tensor")
-            self._outputs[name] = output
+            self._outputs[name] = output, _version(output)
 
         return record
 
@@ -63,7 +67,16 @@ class FeatureTaps:
         missing = [name for name in self.names if name not in self._outputs]
         if missing:
             raise RuntimeError(f"no forward pass has reached the tapped modules {missing}")
-        return [self._outputs[name] for name in self.names]
+        for name in self.names:
+            output, recorded = self._outputs[name]
+            if recorded is not None and output._version != recorded and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"what {name!r} returned was changed in place after it was recorded (by a ReLU, say): "
+                    "the feature is what that left; tap the later module, or make it work out of place",
+                    stacklevel=2,
+                )
+        return [self._outputs[name][0] for name in self.names]
 
     def clear(self) -> None:
         """Forgets the recorded features, so that they do not outlive the step."""
@@ -83,6 +96,11 @@ class FeatureTaps:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _version(output: Tensor) -> int | None:
+    """The number of changes in place so far, where PyTorch counts them and the compiler can tell."""
+    return None if torch.compiler.is_compiling() or output.is_inference() else output._version
 
 
 def unknown_name(name: str, known: list[str]) -> str:

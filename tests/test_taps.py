@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -109,6 +110,27 @@ def test_a_shared_module_has_every_one_of_its_names(model: Net, x: Tensor) -> No
     with at_fused.FeatureTaps(shared, ["2", "0"]) as taps:
         out = shared(x)
         assert torch.equal(taps.features[0], out)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_output_changed_in_place_is_told_once(grad: bool, x: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU())
+    with at_fused.FeatureTaps(model, ["2", "0"]) as taps, torch.set_grad_enabled(grad):
+        model(x)
+        with pytest.warns(UserWarning, match="what '0' returned was changed in place") as told:
+            first, second = taps.features
+        assert len(told) == 1
+        assert first.min() < 0 <= second.min()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(x)
+            assert taps.features[1].min() >= 0
+
+
+def test_inference_tensors_are_recorded(model: Net, x: Tensor) -> None:
+    with at_fused.FeatureTaps(model, ["stem"]) as taps, torch.inference_mode():
+        model(x)
+        assert torch.equal(taps.features[0], model.stem(x))
 
 
 def test_two_taps_at_once(model: Net, x: Tensor) -> None:
