@@ -75,6 +75,7 @@ def test_any_number_of_ranks_trains_the_same(
         done = launch(ranks, tmp_path / str(ranks), **keys)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("epoch 5/5") == 1  # one rank speaks
+        assert "FutureWarning" not in done.stderr
     alone_lines, alone = results(tmp_path / "1")
     start = torch.load(trained["wrn-10-1"], weights_only=True)
     moved = max((alone[name] - start[name]).abs().max().item() for name in alone)
@@ -88,6 +89,19 @@ def test_any_number_of_ranks_trains_the_same(
                 assert line[key] == pytest.approx(expected_line[key], rel=tolerance), key
     events = [path for path in (tmp_path / "4").iterdir() if path.name.startswith("events")]
     assert len(events) == 1  # one rank writes
+
+
+@pytest.mark.slow
+def test_compiled_ranks_train_the_same(trained: dict[str, Path], tmp_path: Path) -> None:
+    keys = {"method": "at", "teacher": "wrn-10-2", "teacher_checkpoint": trained["wrn-10-2"]}
+    keys |= {"pretrained": trained["wrn-10-1"], "limit_train": 128}
+    for ranks, compiled in ((1, "false"), (2, "true")):
+        done = launch(ranks, tmp_path / compiled, **keys, compile=compiled)
+        assert done.returncode == 0, done.stderr
+    (lines, weights), (expected_lines, expected) = (results(tmp_path / name) for name in ("true", "false"))
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=1e-5)
+    assert lines[1]["at_loss"] == pytest.approx(expected_lines[1]["at_loss"], rel=1e-5)
 
 
 @pytest.mark.slow

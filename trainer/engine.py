@@ -162,10 +162,7 @@ class Run:
         self.terms = describe(self.objective, self.dataset.example())
         self.forward: nn.Module = self.tapped
         if self.ranks.world > 1:
-            # Running statistics are rank 0's, sent around once per evaluation instead of at every step.
-            self.forward = DistributedDataParallel(
-                self.tapped, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.forward = distributed.data_parallel(self.tapped)
         if config.compile:
             # static shapes: an epoch has two batch sizes, and a kernel for each is faster than one for both
             self.forward.compile(dynamic=False)
