@@ -155,7 +155,7 @@ class Plan:
 
     @cached_property
     def _known_runs(self) -> dict[str, dict[str, Any]]:
-        runs = {}
+        runs: dict[str, dict[str, Any]] = {}
         for path in self.known:
             try:
                 cells = json.loads(path.read_text())["cells"]

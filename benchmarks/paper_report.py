@@ -163,13 +163,14 @@ def curves(result: Entry) -> bytes:
             axes.plot(epochs, train, color=colour, linewidth=1, linestyle="--", alpha=0.8)
             top = max(top, *test[len(test) // 4 :], *train[len(train) // 4 :])
         axes.set(title=entries[0]["pair"], xlabel="epoch", ylabel="error, %", ylim=(0, 1.1 * top or None))
-        axes.legend(frameon=False, fontsize=9, title="test error (dashed: training)", title_fontsize=9)
+        legend = axes.legend(fontsize=9, title="test error (dashed: training)", title_fontsize=9)
+        legend.get_frame().set(edgecolor="none", alpha=0.9)  # curves pass behind it
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels:  # an odd number of rows leaves one
         axes.set_visible(False)
-    figure.suptitle(f"{result['title']}, schedule {result['schedule']}")
+    figure.suptitle(f"{result['title']}\nschedule {result['schedule']}", fontsize=11)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     return image.getvalue()
