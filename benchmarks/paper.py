@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads=args.threads,
             teacher_checkpoint=args.teacher_checkpoint,
             known=args.known,
+            keys=dict(args.set),
         )
         if args.dry_run:
             print(paper_runs.estimate(plan.jobs))
@@ -66,6 +67,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, type=absolute, metavar="DIR", help="where runs and results go")
     add("--teacher-checkpoint", type=absolute, metavar="FILE", help="use these weights, train no teacher")
     add(
+        "--set",
+        nargs="+",
+        type=_pair,
+        default=[],
+        metavar="KEY=VALUE",
+        help="recipe keys of every run, such as amp=bf16 channels-last=true compile=true",
+    )
+    add(
         "--known",
         nargs="+",
         type=absolute,
@@ -91,9 +100,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+FIXED_KEYS = ("seed", "epochs", "threads", "data-dir", "output-dir", "teacher-checkpoint")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    if key in FIXED_KEYS:
+        raise argparse.ArgumentTypeError(f"{key} is given by the table or a flag of its own")
+    return key, value
+
+
 def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ class Plan:
 
     Runs lie in `out`/`schedule`, by recipe and seed, so that tables share them. Where `teacher_checkpoint` is
     given, no teacher is trained. Runs that a file of `known` (a TABLE.json) holds with the same configuration
-    count as finished; those whose weights others need are trained all the same.
+    count as finished; those whose weights others need are trained all the same. `keys` win over those of
+    every recipe.
 
     Raises:
         ConfigError: (from `cells` and `jobs`) unknown rows or columns, a schedule that the table has not, a
@@ -97,6 +98,7 @@ class Plan:
     threads: int = 0
     teacher_checkpoint: Path | None = None
     known: Sequence[Path] = ()
+    keys: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -175,6 +177,7 @@ class Plan:
         keys = load_recipe(RECIPES / f"{recipe}.yaml")
         if self.schedule != "paper":
             keys |= load_recipe(_overlay(self.schedule, recipe))
+        keys |= self.keys
         if self.epochs is not None:
             keys["epochs"] = self.epochs
         name = f"{recipe}/seed{seed}"

@@ -122,6 +122,16 @@ def test_columns_choose_variants_and_keep_their_teacher(tmp_path: Path) -> None:
     ]
 
 
+def test_keys_of_every_run(tmp_path: Path) -> None:
+    words = "table1 --data-dir d --out o --set amp=bf16 channels-last=true compile=true --jobs 2"
+    keys = dict(paper._parse(words.split()).set)
+    jobs = plan(tmp_path, schedule="paper", keys=keys).jobs
+    assert {job.config.student for job in jobs} == {"wrn-16-1", "wrn-16-2"}
+    for job in jobs:
+        config = job.config
+        assert (config.amp, config.channels_last, config.compile, config.epochs) == ("bf16", True, True, 200)
+
+
 def test_a_given_teacher_is_not_trained(tmp_path: Path) -> None:
     jobs = plan(tmp_path, teacher_checkpoint=tmp_path / "t.pt").jobs
     assert len(jobs) == 2 * 5
@@ -259,9 +269,13 @@ def test_another_run_is_not_taken_for_a_result(tmp_path: Path, capsys: pytest.Ca
         ("table2 --columns at", "table2 has no columns at; it has student, f-sum, f-sum2"),
         ("table5 --schedule short", "table5 has no schedule short: paper"),
         ("table1 --seeds 0", "--seeds"),
-        ("table1 --jobs 0", "--jobs"),
+        ("table1 --jobs 0", "--jobs: expected a whole number above 0, got '0'"),
+        ("table1 --epochs -1", "--epochs: expected a whole number above 0, got '-1'"),
         ("table1 --teacher-checkpoint t.pt", "serves a single row"),
         ("table1 --dry-run", "no folder cifar-10-batches-py"),
+        ("table1 --set amp", "--set: expected KEY=VALUE, got 'amp'"),
+        ("table1 --set seed=3", "--set: seed is given by the table or a flag of its own"),
+        ("table1 --set ampp=bf16", "unknown key ampp (did you mean amp?)"),
         ("table1 --known nothing.json", "nothing.json: No such file"),
         (f"table1 --known {__file__}", "not the JSON of a table's results"),
     ],
