@@ -129,7 +129,8 @@ def _spread(entry: Entry, kind: str) -> str:
 
 
 def _change(entry: Entry, base: Entry, key: str) -> str:
-    if entry["column"] in (BASELINE, TEACHER) or entry[key] is None or base.get(key) is None:
+    alone = entry["column"] == BASELINE or entry["column"].endswith(TEACHER)
+    if alone or entry[key] is None or base.get(key) is None:
         return ""
     return f"{entry[key] - base[key]:+.2f}".replace("-", "−")
 

@@ -214,6 +214,15 @@ def test_top5_error_where_the_paper_has_it(tmp_path: Path) -> None:
     assert paper_report.markdown(result).splitlines() == lines
 
 
+def test_a_second_teacher_has_no_change(tmp_path: Path) -> None:
+    own = plan(tmp_path, "table3", seeds=None)
+    for number, job in enumerate(own.jobs):
+        finish(job, 20.0 + number)
+    lines = paper_report.write(own).splitlines()
+    assert lines[-1].endswith("| teacher of AT | 21.00 | 20.00 | 1 |  |  |  |")
+    assert lines[-3].endswith("| 11.20 | −2.30 |")
+
+
 def test_unfinished_cells_say_so(tmp_path: Path) -> None:
     own = plan(tmp_path)
     finish(own.jobs[1], 13.0)
