@@ -69,7 +69,8 @@ class FeatureTaps:
             raise RuntimeError(f"no forward pass has reached the tapped modules {missing}")
         for name in self.names:
             output, recorded = self._outputs[name]
-            if recorded is not None and output._version != recorded and name not in self._warned:
+            versions = {recorded, _version(output)} - {None}
+            if len(versions) > 1 and name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(
                     f"what {name!r} returned was changed in place after it was recorded (by a ReLU, say): "

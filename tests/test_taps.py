@@ -133,6 +133,17 @@ def test_inference_tensors_are_recorded(model: Net, x: Tensor) -> None:
         assert torch.equal(taps.features[0], model.stem(x))
 
 
+def test_features_are_read_in_a_compiled_function(model: Net, x: Tensor) -> None:
+    torch.compiler.reset()
+    with at_fused.FeatureTaps(model, ["stem", "group2.0.act"]) as taps:
+        total = torch.compile(
+            lambda: sum(feature.sum() for feature in taps.features), backend="aot_eager", fullgraph=True
+        )
+        for batch in (x, 2 * x):
+            model(batch)
+            torch.testing.assert_close(total(), sum(feature.sum() for feature in taps.features))
+
+
 def test_two_taps_at_once(model: Net, x: Tensor) -> None:
     """Student and teacher may even be one model."""
     with at_fused.FeatureTaps(model, ["stem"]) as one, at_fused.FeatureTaps(model, ["group1", "stem"]) as two:
