@@ -69,7 +69,7 @@ class FeatureTaps:
             raise RuntimeError(f"no forward pass has reached the tapped modules {missing}")
         for name in self.names:
             output, recorded = self._outputs[name]
-            versions = {recorded, _version(output)} - {None}
+            versions = {recorded, _version(output)} - {None}  # what can't be told is no change
             if len(versions) > 1 and name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(
