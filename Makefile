@@ -79,9 +79,11 @@ bench: setup ## time the loss and the training step against eager and torch.comp
 # Installs nothing: the Python given must have what is needed, e.g. make gpu RESULTS=runs/gpu PYTHON=.venv/bin/python
 RESULTS ?= runs/gpu
 BUDGET_S ?=
+CIFAR ?=
 gpu: ## build, test and measure on a GPU, in pieces; again to go on: make gpu RESULTS=DIR BUDGET_S=300
 	@$(PYTHON) -c 'import torch' 2> /dev/null || { echo "[gpu] $(PYTHON) has no torch: make gpu PYTHON=..."; exit 1; }
-	@$(PYTHON) -m benchmarks.gpu --results $(RESULTS) $(if $(BUDGET_S),--budget $(BUDGET_S))
+	@$(PYTHON) -m benchmarks.gpu --results $(RESULTS) \
+		$(if $(BUDGET_S),--budget $(BUDGET_S)) $(if $(CIFAR),--cifar $(CIFAR))
 
 # The sanitized package lies in a folder of its own; pytest (unlike python -m pytest) imports it from there.
 SANITIZED := build/sanitized

@@ -41,11 +41,14 @@ class InMemory:
         self.crops = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)  # (N, 3, y, x, H, W), a view
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for chosen in torch.randperm(len(self.labels)).split(self.batch)[: self.steps]:
-            y, x = torch.randint(self.crops.shape[2], (2, len(chosen)))
+        device = self.labels.device
+        order = torch.randperm(len(self.labels), device=device)
+        for chosen in order.split(self.batch)[: self.steps]:
+            y, x = torch.randint(self.crops.shape[2], (2, len(chosen)), device=device)
             images = (self.crops[chosen, :, y, x] - self.mean) / self.std
             if self.flip:
-                images = torch.where(torch.rand(len(chosen), 1, 1, 1) < 0.5, images.flip(3), images)
+                mirrored = torch.rand(len(chosen), 1, 1, 1, device=device) < 0.5
+                images = torch.where(mirrored, images.flip(3), images)
             yield images, self.labels[chosen]
 
 
@@ -67,6 +70,7 @@ class FromFolder:
 
 def epoch(student: TappedModel, teacher: TappedModel | None, batches: Batches) -> Callable[[], None]:
     """Trains `student` for an epoch when called, in bf16 and channels-last; with AT if there is a teacher."""
+    device = next(student.parameters()).device
     student.train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
     attention = at_fused.AttentionLoss()
@@ -75,8 +79,9 @@ def epoch(student: TappedModel, teacher: TappedModel | None, batches: Batches) -
 
     def run() -> None:
         for images, labels in batches:
-            images = images.contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16):
+            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16):
                 if teacher:
                     with torch.no_grad():
                         teacher(images)

@@ -1,5 +1,7 @@
 """Everything to be asked of a GPU, in pieces of under 8 minutes: `make gpu RESULTS=DIR [BUDGET_S=seconds]`.
 
+With CIFAR=DIR, which has cifar-10-batches-py, train.py is timed on CIFAR-10, else on digits.
+
 A piece that succeeds leaves a stamp in DIR/stamps, so the same command goes on where the last one ended.
 After BUDGET_S seconds no further piece starts. Nothing is installed or fetched: the libraries are built in
 place with the Python that runs this.
@@ -46,7 +48,7 @@ class Piece:
         return " ".join([*settings, *self.command])
 
 
-def pieces(results: Path, device: str, quick: bool) -> list[Piece]:
+def pieces(results: Path, device: str, quick: bool, cifar: Path | None = None) -> list[Piece]:
     """In the order in which they matter."""
     python = sys.executable
     settings = {"AT_FUSED_REQUIRE_EXTENSION": "1", "MAX_JOBS": str(os.cpu_count())}
@@ -59,7 +61,7 @@ def pieces(results: Path, device: str, quick: bool) -> list[Piece]:
         build,
         *(_test(python, path) for path in on_device),
         *_sanitizers(python, device),
-        *_benchmarks(python, results, device, quick),
+        *_benchmarks(python, results, device, quick, cifar),
         *(_test(python, path) for path in others),
     ]
 
@@ -68,8 +70,11 @@ def _test(python: str, path: Path) -> Piece:
     command = [python, "-m", "pytest", "-q", str(path.relative_to(ROOT))]
     command += ["-n", "8"] if importlib.util.find_spec("xdist") else []
     trains = re.search(r"\b(trainer|train\.py|paper|recipes)\b", path.read_text())
-    lacking = trains and not importlib.util.find_spec("pydantic")
-    return Piece(f"test-{path.stem[5:]}", command, obstacle="pydantic is not installed" if lacking else None)
+    return Piece(f"test-{path.stem[5:]}", command, obstacle=_trainer_lacks() if trains else None)
+
+
+def _trainer_lacks() -> str | None:
+    return None if importlib.util.find_spec("pydantic") else "pydantic is not installed"
 
 
 def _sanitizers(python: str, device: str) -> list[Piece]:
@@ -85,15 +90,15 @@ def _sanitizers(python: str, device: str) -> list[Piece]:
     ]
 
 
-def _benchmarks(python: str, results: Path, device: str, quick: bool) -> list[Piece]:
+def _benchmarks(python: str, results: Path, device: str, quick: bool, cifar: Path | None) -> list[Piece]:
     common = [python, "-m", "benchmarks.run", "--device", device, *(["--quick"] if quick else [])]
 
     def loss(name: str, *options: str) -> Piece:
         out = results / "pieces" / f"loss-{name}"
         return Piece(f"loss-{name}", [*common, "--suite", "loss", "--out", str(out), *options])
 
-    def suite(name: str, *options: str) -> Piece:
-        return Piece(name, [*common, "--suite", name, "--out", str(results), *options])
+    def suite(name: str, *options: str, obstacle: str | None = None) -> Piece:
+        return Piece(name, [*common, "--suite", name, "--out", str(results), *options], obstacle=obstacle)
 
     few = ("--workloads", "cifar", "imagenet")
     hot = [python, "-m", "pytest", "-q", "benchmarks", "--benchmark-only"]
@@ -101,6 +106,7 @@ def _benchmarks(python: str, results: Path, device: str, quick: bool) -> list[Pi
         loss("imagenet", "--workloads", "imagenet", "imagenet-last2"),
         loss("cifar", "--workloads", "cifar", "cifar40"),
         suite("step"),
+        suite("trainer", *(["--cifar", str(cifar)] if cifar else []), obstacle=_trainer_lacks()),
         loss("imagenet50", "--workloads", "imagenet50", "imagenet50-last2"),
         loss("blocks", "--workloads", "cifar-blocks", "cifar40-blocks", "vit"),
         suite("memory", *few),
@@ -207,10 +213,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print every piece and whether it is done")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that would run")
     parser.add_argument("--device", default="cuda", help="cpu: to try the pieces without a GPU")
+    parser.add_argument("--cifar", type=Path, metavar="DIR", help="has cifar-10-batches-py (default: digits)")
     parser.add_argument("--quick", action="store_true", help="tiny batches, few rounds")
     options = parser.parse_args(argv)
     results = options.results.resolve()
-    todo = pieces(results, options.device, options.quick)
+    cifar = options.cifar and options.cifar.resolve()
+    todo = pieces(results, options.device, options.quick, cifar)
     names = [piece.name for piece in todo]
     if wrong := sorted(set(options.only or ()) - set(names)):
         print(f"gpu: no piece {wrong[0]!r}; there are: {', '.join(names)}", file=sys.stderr)

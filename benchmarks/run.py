@@ -48,7 +48,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     loss.add_argument("--timings", nargs="+", choices=("eager", "graph"), help="(cpu: eager; cuda: both)")
     loss.add_argument("--cells", default="", help="only cells whose name contains this")
     loss.add_argument("--providers", nargs="+", metavar="NAME", help="only these (a wrong name lists all)")
-    data = parser.add_argument_group("suites trainer and footprint (CPU only)")
+    data = parser.add_argument_group("suites trainer, and footprint (CPU only)")
     data.add_argument("--cifar", type=Path, metavar="DIR", help="has cifar-10-batches-py (default: digits)")
     data.add_argument("--folder", type=Path, metavar="DIR", help="has train and val, of ImageNet-like files")
     options = parser.parse_args(argv)
@@ -72,8 +72,8 @@ def resolve(options: argparse.Namespace, device: torch.device) -> None:
         raise ValueError(f"--device is cpu or cuda, not {device.type}")
     if cuda and not torch.cuda.is_available():
         raise ValueError("this machine has no CUDA device that torch can use")
-    if cuda and options.suite in ("trainer", "footprint"):
-        raise ValueError(f"--suite {options.suite} takes --device cpu")
+    if cuda and options.suite == "footprint":
+        raise ValueError("--suite footprint takes --device cpu")
     options.modes = options.modes or (MODES if cuda else ["both"])
     options.timings = options.timings or (["eager", "graph"] if cuda else ["eager"])
     if "graph" in options.timings and not cuda:
@@ -182,9 +182,10 @@ def run_trainer(options: argparse.Namespace, device: torch.device) -> str:
     from benchmarks import trainer_suite
 
     rows: list[Row] = []
-    for case, data_dir in trainer_suite.cases(options.cifar, options.folder).items():
+    for case, data_dir in trainer_suite.cases(options.cifar, options.folder, device).items():
         print(case.name, flush=True)
-        rows.append(trainer_suite.measure(case.quick() if options.quick else case, data_dir, options.rounds))
+        measured = case.quick() if options.quick else case
+        rows.append(trainer_suite.measure(measured, data_dir, options.rounds, device))
     machine = report.describe_machine(device)
     title = "train.py beside a loop written by hand, bf16, channels_last"
     page = report.markdown(title, machine, [trainer_suite.table(rows)])

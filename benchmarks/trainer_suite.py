@@ -39,6 +39,8 @@ class Case:
     images: int = 1280  # that a round trains on: of image files the whole set, else the epoch's first
     size: int = 32
     workers: int = 0
+    compile: bool = False  # train.py's models; the bare loop's are not compiled
+    cuda_graphs: bool = False
 
     @property
     def steps(self) -> int:
@@ -47,7 +49,7 @@ class Case:
     def quick(self) -> Case:
         return replace(self, batch=4, images=8, size=min(self.size, 32))
 
-    def config(self, data_dir: Path | None, scratch: Path) -> Config:
+    def config(self, data_dir: Path | None, scratch: Path, device: torch.device = CPU) -> Config:
         """The configuration of train.py; `scratch` holds the run's folder and the teacher."""
         values = {
             "dataset": self.dataset,
@@ -62,7 +64,9 @@ class Case:
             "lr": 0.01,
             "lr-schedule": "constant",
             "epochs": 10**6,
-            "device": "cpu",
+            "compile": self.compile,
+            "cuda-graphs": self.cuda_graphs,
+            "device": device.type,
             "output-dir": scratch / "run",
         }
         if self.teacher:
@@ -74,14 +78,22 @@ class Case:
         return make_config(values)
 
 
-def cases(cifar: Path | None, folder: Path | None) -> dict[Case, Path | None]:
-    """What can be trained on these data, and where they lie; digits, which need no files, for CIFAR-10."""
+def cases(cifar: Path | None, folder: Path | None, device: torch.device = CPU) -> dict[Case, Path | None]:
+    """What can be trained on these data, and where they lie; digits, which need no files, for CIFAR-10.
+
+    On a GPU, whose launches take longer than such small networks, also compiled and as CUDA graphs.
+    """
     small = "cifar10" if cifar else "digits"
     images = 1280 if cifar else 896
-    found: dict[Case, Path | None] = {
-        Case(f"{small}, WRN-16-1", small, "wrn-16-1", images=images): cifar,
-        Case(f"{small}, WRN-16-1 with AT from WRN-16-2", small, "wrn-16-1", "wrn-16-2", images=images): cifar,
-    }
+    small_cases = [
+        Case(f"{small}, WRN-16-1", small, "wrn-16-1", images=images),
+        Case(f"{small}, WRN-16-1 with AT from WRN-16-2", small, "wrn-16-1", "wrn-16-2", images=images),
+    ]
+    if device.type == "cuda":
+        compiled = [replace(case, name=f"{case.name}, compiled", compile=True) for case in small_cases]
+        graphs = [replace(case, name=f"{case.name} as CUDA graphs", cuda_graphs=True) for case in compiled]
+        small_cases += compiled + graphs
+    found: dict[Case, Path | None] = dict.fromkeys(small_cases, cifar)
     if folder:
         name = "image files, data-bound: WRN-10-1 at 16 pixels"
         # One worker: on two cores a second one takes from the steps the core that it waits for.
@@ -130,10 +142,12 @@ def processor_seconds() -> float:
 
 
 @contextmanager
-def contenders(case: Case, data_dir: Path | None) -> Iterator[tuple[list[timing.Contender], Waits]]:
+def contenders(
+    case: Case, data_dir: Path | None, device: torch.device = CPU
+) -> Iterator[tuple[list[timing.Contender], Waits]]:
     """A round of train.py and one of the bare loop; the latter's waits for its images."""
     with tempfile.TemporaryDirectory() as scratch:
-        config = case.config(data_dir, Path(scratch))
+        config = case.config(data_dir, Path(scratch), device)
         with distributed.ranks(config) as ranks, closing(distributed.StopRequest(ranks)) as stop:
             run = Epochs(config, ranks)
             run.last_step = case.steps
@@ -153,7 +167,7 @@ def bare_models(case: Case, run: Epochs) -> tuple[TappedModel, TappedModel | Non
 
     def create(name: str) -> TappedModel:
         model = models.create(name, run.dataset.classes)
-        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model.to(run.ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     teacher = create(case.teacher).eval().requires_grad_(False) if case.teacher else None
     return create(case.student), teacher
@@ -172,7 +186,7 @@ def bare_batches(case: Case, run: Epochs, config: Config) -> bare_loop.Batches:
     return bare_loop.FromFolder(root, chosen, case.batch, case.size, case.workers)
 
 
-def measure(case: Case, data_dir: Path | None, rounds: int) -> Row:
+def measure(case: Case, data_dir: Path | None, rounds: int, device: torch.device = CPU) -> Row:
     """Images per second of both, and the ratio round by round."""
     computed: dict[str, list[float]] = {}
 
@@ -184,10 +198,10 @@ def measure(case: Case, data_dir: Path | None, rounds: int) -> Row:
 
         return timing.Contender(contender.name, run)
 
-    with contenders(case, data_dir) as (both, waits):
-        timing.interleave(both, 1, CPU, warmup=0)  # workers start, oneDNN chooses its kernels
+    with contenders(case, data_dir, device) as (both, waits):
+        timing.interleave(both, 1, device, warmup=0)  # workers start, kernels are chosen
         waits.seconds = 0.0
-        times = timing.interleave([accounted(contender) for contender in both], rounds, CPU, warmup=0)
+        times = timing.interleave([accounted(contender) for contender in both], rounds, device, warmup=0)
     ours, bare = times["train.py"], times["bare loop"]
     ratios = [b / a for a, b in zip(ours.seconds, bare.seconds, strict=True)]
     processor = [b / a for a, b in zip(computed["train.py"], computed["bare loop"], strict=True)]
@@ -196,6 +210,8 @@ def measure(case: Case, data_dir: Path | None, rounds: int) -> Row:
         "batch": case.batch,
         "images": case.images,
         "workers": case.workers,
+        "compile": case.compile,
+        "cuda_graphs": case.cuda_graphs,
         "images_per_second": case.images / ours.median,
         "bare_images_per_second": case.images / bare.median,
         "ratio": timing.percentile(ratios, 50),

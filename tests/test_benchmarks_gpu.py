@@ -191,14 +191,14 @@ def test_every_test_and_suite_is_a_piece(tmp_path: Path) -> None:
     assert len(set(names)) == len(names)
     files = {path.stem[5:] for path in Path(__file__).parent.glob("test_*.py")}
     assert {name[5:] for name in names if name.startswith("test-")} == files
-    assert {"memcheck", "racecheck", "step", "memory", "scaling", "hot-cells", "loss-imagenet"} <= set(names)
+    suites = {"step", "trainer", "memory", "scaling", "hot-cells", "loss-imagenet"}
+    assert {"memcheck", "racecheck"} | suites <= set(names)
 
 
 def test_commands_of_the_pieces_are_understood(tmp_path: Path) -> None:
-    commands = [p.command for p in gpu.pieces(tmp_path, "cuda", quick=True)]
-    for command in commands:
-        if "benchmarks.run" in command:
-            run.arguments(command[list(command).index("benchmarks.run") + 1 :])
+    commands = [list(p.command) for p in gpu.pieces(tmp_path, "cuda", quick=True, cifar=tmp_path)]
+    options = [run.arguments(c[c.index("benchmarks.run") + 1 :]) for c in commands if "benchmarks.run" in c]
+    assert [option.cifar for option in options if option.suite == "trainer"] == [tmp_path]
 
 
 def test_list_and_dry_run(tmp_path: Path, capsys) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,25 @@ def test_both_do_the_same_work(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
                 assert len(group["params"]) == len(list(models.create(case.student).parameters()))
                 assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
     assert waits.seconds > 0
+
+
+@pytest.mark.slow
+def test_compiled_and_with_graphs() -> None:
+    """What a GPU is asked, here without one."""
+    row = trainer_suite.measure(replace(TOY_AT, compile=True, cuda_graphs=True), None, 1)
+    assert (row["compile"], row["cuda_graphs"]) == (True, True)
+    assert row["ratio"] > 0
+
+
+def test_gpu_trains_small_networks_in_every_form(tmp_path: Path) -> None:
+    found = trainer_suite.cases(None, None, torch.device("cuda"))
+    assert len({case.name for case in found}) == len(found) == 6
+    configs = [case.config(data_dir, tmp_path, torch.device("cuda")) for case, data_dir in found.items()]
+    assert {config.device for config in configs} == {"cuda"}
+    forms = [(config.method, config.compile, config.cuda_graphs) for config in configs]
+    assert sorted(forms) == [
+        (method, *form) for method in ("at", "none") for form in ((False, False), (True, False), (True, True))
+    ]
 
 
 class _HookHandle:

@@ -146,6 +146,7 @@ AT = {"teacher": "wrn-10-2", "teacher-checkpoint": "t.pt"}
         ({"dataset": "mnist"}, ["dataset", "'mnist'"]),
         ({"dataset": "imagefolder"}, ["imagefolder needs data-dir"]),
         ({"skip-nonfinite": True, "amp": "fp16"}, ["skip-nonfinite", "loss scaling"]),
+        ({"cuda-graphs": True}, ["cuda-graphs needs compile"]),
         ({"p": 0.5}, ["p: ", "'0.5'"]),
         ({"beta": -1}, ["beta: ", "'-1'"]),
         ({"lr": "fast"}, ["lr: ", "'fast'"]),

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 import train
@@ -320,12 +321,62 @@ def test_frozen_parts_do_not_move(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_run_learns_the_same(teacher: Path, tmp_path: Path) -> None:
-    keys = at_kd(teacher) | {"method": "at", "limit_train": 64, "limit_test": 64, "epochs": 2, "lr": 0.01}
-    for compiled in ("false", "true"):
-        assert run(tmp_path / compiled, **keys, compile=compiled) == 0
-    plain, fused = ([line["train_loss"] for line in metrics(tmp_path / c)] for c in ("false", "true"))
-    assert fused == pytest.approx(plain, rel=1e-4)
+def test_compiled_run_learns_the_same(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in parts, and with CUDA graphs: each step and each batch of a test is a pass of its own."""
+    passes: list[None] = []
+    mark = torch.compiler.cudagraph_mark_step_begin
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: passes.append(mark()))
+    keys = at_kd(teacher) | {"limit_train": 64, "batch_size": 32, "accumulate": 2, "epochs": 2, "lr": 0.01}
+    keys |= {"limit_test": 60, "test_batch_size": 40}
+    variants = {"plain": {}, "compiled": {"compile": "true"}}
+    variants["graphs"] = variants["compiled"] | {"cuda_graphs": "true"}
+    losses = {}
+    for name, variant in variants.items():
+        assert not passes
+        assert run(tmp_path / name, **keys, **variant) == 0
+        losses[name] = [line["train_loss"] for line in metrics(tmp_path / name)]
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-4)
+    assert losses["graphs"] == pytest.approx(losses["compiled"], rel=1e-6)
+    assert (
+        len(passes) == 2 * 2 + 3 * 2
+    )  # steps; the tests of the teacher, and of the student after each epoch
+
+
+class Reads(TorchDispatchMode):
+    """Notes operations whose outcome the host must wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = [index for index in args[1] if index is not None] if "index." in func.name() else []
+        waits = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        if func is torch.ops.aten.index.Tensor:
+            waits = any(mask.dtype in (torch.bool, torch.uint8) for mask in masks)
+        if waits:
+            self.found.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["none", "at", "kd", "at+kd", "hints", "grad-at", "symmetry", "min-l2"])
+def test_a_step_waits_for_nothing(
+    method: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host runs ahead of a GPU. Left out: the watch (there it looks at the step before), the CPU kernel."""
+    keys = {k.replace("_", "-"): v for k, v in at_kd(teacher).items()} | {"method": method, "accumulate": 2}
+    keys |= {"backend": "reference"}
+    config = make_config(SMALL | keys | {"output-dir": tmp_path / "run"})
+    run = engine.Run(config, Ranks(0, 1, CPU))
+    monkeypatch.setattr(run.watch, "look", lambda *_: None)
+    with Reads() as reads:
+        (batch,) = run.dataset.training_batches(0, 0, [slice(0, 64)])
+        assert reads.found == []
+        run._train_step(*batch, 64)
+        assert reads.found == []
+        run.sums[0].item()
+        assert len(reads.found) == 1
+    assert run.sums[5] == 64
 
 
 # --- mistakes ---------------------------------------------------------------------------------------

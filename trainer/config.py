@@ -120,6 +120,8 @@ class Config(BaseModel):
     """memory format of images and activations"""
     compile: bool = False
     """compile the models with torch.compile"""
+    cuda_graphs: bool = False
+    """replay each pass of a compiled model as one CUDA graph; without effect on CPUs"""
     skip_nonfinite: bool = False
     """leave out steps whose gradients are not finite, instead of ending the run"""
     deterministic: bool = True
@@ -197,6 +199,8 @@ class Config(BaseModel):
             raise ValueError("skip-nonfinite is not for amp fp16, whose loss scaling skips such steps itself")
         if self.precision == "fp64" and self.amp != "none":
             raise ValueError(f"precision fp64 and amp {self.amp} contradict each other")
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("cuda-graphs needs compile")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
         if self.backend not in ("auto", *at_fused.available_backends()):
@@ -260,6 +264,7 @@ FREE_KEYS = (
     "workers",
     "threads",
     "max-unreadable",
+    "cuda-graphs",
 )
 
 

@@ -164,14 +164,23 @@ class Run:
         if self.ranks.world > 1:
             self.forward = distributed.data_parallel(self.tapped)
         if config.compile:
-            # static shapes: an epoch has two batch sizes, and a kernel for each is faster than one for both
-            self.forward.compile(dynamic=False)
-            if self.teacher is not None:
-                self.teacher.compile(
-                    dynamic=False, options={"freezing": True}
-                )  # its weights become constants
-            if self.tapped.hints is not None:
-                self.tapped.hints.compile(dynamic=False)
+            self._compile_models()
+
+    def _compile_models(self) -> None:
+        # Static shapes: a kernel for each size of a batch is faster than one for all. Parts of batches, last
+        # batches and tests make many sizes: beyond 8, its default, the compiler would give up.
+        torch._dynamo.config.recompile_limit = 64
+        options = {"triton.cudagraphs": self.config.cuda_graphs}
+        self.forward.compile(dynamic=False, options=options)
+        if self.tapped.hints is not None:
+            self.tapped.hints.compile(dynamic=False, options=options)
+        if self.teacher is not None:  # freezing: its weights become constants
+            self.teacher.compile(dynamic=False, options=options | {"freezing": True})
+
+    def _new_pass(self) -> None:
+        """Let CUDA graphs write over what they gave before: it has been used."""
+        if self.config.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
     # --- training -------------------------------------------------------------------------------------
 
@@ -284,6 +293,7 @@ class Run:
         statistics = [b.clone() for b in self.student.buffers()] if config.skip_nonfinite else []
         sums = torch.zeros_like(self.sums)
         self.optimizer.zero_grad(set_to_none=True)
+        self._new_pass()
         parts = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True))
         for i, (some_images, some_labels) in enumerate(parts):
             with self._gradients_stay_here(i + 1 < len(parts)):
@@ -337,6 +347,7 @@ class Run:
             starts = range(share.start, share.stop, size)
             parts = [slice(start, min(start + size, share.stop)) for start in starts]
             for images, labels in self.dataset.evaluation_batches(parts):
+                self._new_pass()
                 logits, _ = model(self._format(images))
                 counts[0] += len(labels)
                 counts[1] += (logits.argmax(1) != labels).sum()
