@@ -363,7 +363,7 @@ class Reads(TorchDispatchMode):
 def test_a_step_waits_for_nothing(
     method: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host runs ahead of a GPU. Left out: the watch (there it looks at the step before), the CPU kernel."""
+    """The host runs ahead of a GPU. Left out: the watch (there of the step before), the CPU kernel."""
     keys = {k.replace("_", "-"): v for k, v in at_kd(teacher).items()} | {"method": method, "accumulate": 2}
     keys |= {"backend": "reference"}
     config = make_config(SMALL | keys | {"output-dir": tmp_path / "run"})
