@@ -18,3 +18,9 @@ class Parser(argparse.ArgumentParser):
 
 def absolute(text: str) -> Path:
     return Path(text).resolve()
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import paper_runs
-from benchmarks.command_line import Parser, absolute
+from benchmarks.command_line import Parser, absolute, positive
 from benchmarks.paper_plan import RECIPES, Job
 from trainer.config import ConfigError, load_recipe, make_config
 
@@ -140,18 +140,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data-dir", required=True, type=absolute, metavar="DIR", help="the images")
     add("--out", required=True, type=absolute, metavar="DIR", help="where runs and results go")
-    add("--epochs", type=int, metavar="N", help="instead of the recipes'")
+    add("--epochs", type=positive, metavar="N", help="instead of the recipes'")
     add(
         "--jobs",
-        type=int,
+        type=positive,
         default=min(cores, 3),
         metavar="N",
         help="trainings at a time (default: the cores)",
     )
-    args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error("--jobs must be at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import paper_report, paper_runs
-from benchmarks.command_line import Parser, absolute
+from benchmarks.command_line import Parser, absolute, positive
 from benchmarks.paper_plan import TABLES, Plan
 from trainer.config import ConfigError
 
@@ -61,8 +61,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--rows", nargs="+", metavar="ROW", help="such as wrn-16-1-from-wrn-16-2 (default: all)")
     add("--columns", nargs="+", metavar="COLUMN", help="such as student at (default: what the paper reports)")
-    add("--seeds", type=_positive, metavar="N", help="train seeds 0 to N-1 (default: as many as the paper)")
-    add("--epochs", type=_positive, metavar="N", help="instead of the schedule's")
+    add("--seeds", type=positive, metavar="N", help="train seeds 0 to N-1 (default: as many as the paper)")
+    add("--epochs", type=positive, metavar="N", help="instead of the schedule's")
     add("--data-dir", required=True, type=absolute, metavar="DIR", help="as for train.py")
     add("--out", required=True, type=absolute, metavar="DIR", help="where runs and results go")
     add("--teacher-checkpoint", type=absolute, metavar="FILE", help="use these weights, train no teacher")
@@ -84,7 +84,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--jobs",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="trainings at a time, on one GPU too (default 1)",
@@ -110,12 +110,6 @@ def _pair(text: str) -> tuple[str, str]:
     if key in FIXED_KEYS:
         raise argparse.ArgumentTypeError(f"{key} is given by the table or a flag of its own")
     return key, value
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 TABLES: dict[str, Any] = yaml.safe_load((RECIPES / "tables.yaml").read_text())
 LABELS: dict[str, str] = TABLES.pop("labels")
 BASELINE, TEACHER = "student", "teacher"  # columns
+TOLD = ("config", "last_test_error", "best_test_error", "test_error", "train_error")  # of a known run
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,15 @@ class Plan:
         for path in self.known:
             try:
                 cells = json.loads(path.read_text())["cells"]
-                runs |= {f"{cell['recipe']}/seed{run['seed']}": run for cell in cells for run in cell["runs"]}
+                found = {f"{cell['recipe']}/seed{run['seed']}": run for cell in cells for run in cell["runs"]}
             except OSError as error:
                 raise ConfigError(f"known {path}: {error.strerror}") from None
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(f"known {path}: not the JSON of a table's results") from None
+            for name, run in found.items():
+                if lacking := [key for key in TOLD if run.get(key) is None]:
+                    raise ConfigError(f"known {path}: {name} does not tell its {lacking[0]}")
+            runs |= found
         return runs
 
     @staticmethod

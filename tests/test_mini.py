@@ -90,7 +90,13 @@ def broken(tmp_path: Path, fault: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "fault",
-    ["4 classes", "val has no bee", "links to other images", "No such file", "--jobs must be at least 1"],
+    [
+        "4 classes",
+        "val has no bee",
+        "links to other images",
+        "No such file",
+        "--jobs: expected a whole number above 0, got '0'",
+    ],
 )
 def test_a_mistake_is_told_in_one_line(
     tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]

@@ -303,6 +303,17 @@ def test_a_mistake_is_told_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_known_runs_must_tell_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as those of results that were written before runs told their configuration."""
+    known = tmp_path / "table1.json"
+    known.write_text(json.dumps({"cells": [{"recipe": "table1/x", "runs": [{"seed": 3, "config": None}]}]}))
+    words = ["table1", "--known", known, "--data-dir", tmp_path, "--out", tmp_path / "out"]
+    assert paper.main([str(word) for word in words]) == 2
+    assert capsys.readouterr().err == (
+        f"benchmarks.paper: error: known {known}: table1/x/seed3 does not tell its config\n"
+    )
+
+
 def test_says_why_a_table_can_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(keys: dict[str, Any]) -> Any:
         raise ConfigError("pretrained true is not available")
