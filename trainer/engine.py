@@ -11,26 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from trainer import checkpoint, data, distributed, reporting, schedules
-from trainer.config import Config, ConfigError, differing_keys
+from trainer import checkpoint, data, distributed, reporting, resume, schedules
+from trainer.config import Config, ConfigError
 from trainer.distributed import Ranks
 from trainer.objectives import Objective, Tapped, add_hints, describe, tap_names
 from trainer.watch import Diverged, Watch
 
-ARTEFACTS = (
-    "config.yaml",
-    checkpoint.LATEST,
-    checkpoint.PREVIOUS,
-    "metrics.jsonl",
-    "summary.json",
-    "model.pt",
-    "curves.png",
-)
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SUMS = 6  # of total, CE, AT and KD losses, of wrong answers, of images
 
@@ -91,7 +81,8 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.reporter = reporting.Reporter(ranks.first)
-        self.folder, self.resumed_from, stored, self.notice = _output_folder(config)
+        self.start = resume.find_start(config)
+        self.folder = self.start.folder
         self.dataset = data.load(config, ranks.device)
         size = len(self.dataset.train)
         tail = size % config.batch_size
@@ -121,8 +112,8 @@ class Run:
         self.watch = Watch(self.student, scaled=config.amp == "fp16")
         self.progress = Progress()
         self.sums = torch.zeros(SUMS, dtype=torch.float64, device=ranks.device)
-        if stored is not None:
-            self._restore(stored)
+        if self.start.checkpoint is not None:
+            self._restore(self.start.checkpoint)
         self.finished = (self.folder / "summary.json").exists() and self.progress.step >= self.last_step
 
     # --- set-up ---------------------------------------------------------------------------------------
@@ -199,7 +190,7 @@ class Run:
             f"training and {len(self.dataset.test)} test images, method {config.method}, seed {config.seed}, "
             f"{self.ranks.world} x {self.ranks.device.type}"
         )
-        for line in (self.notice, *self.terms):
+        for line in (self.start.notice, *self.terms):
             if line:
                 reporter.say(line)
         if self.teacher is not None:
@@ -209,7 +200,7 @@ class Run:
         if progress.step:
             reporter.say(f"continuing from step {progress.step} of {self.last_step}")
             self._write_metrics()  # a line that the checkpoint does not know of belongs to a lost epoch
-            if self.resumed_from != self.folder / checkpoint.LATEST:
+            if self.start.path != self.folder / checkpoint.LATEST:
                 self._save(keep_latest=False)
         with closing(distributed.StopRequest(self.ranks)) as stop, closing(reporter):
             reporter.open(self.folder, self.last_step, progress.step)
@@ -456,64 +447,6 @@ def _set_up_torch(config: Config, ranks: Ranks) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for debugging
-
-
-def _output_folder(config: Config) -> tuple[Path, Path | None, dict[str, Any] | None, str | None]:
-    """The output folder; the checkpoint to continue from and what it holds, known to belong to this run; and
-    what the user should know about that."""
-    if config.output_dir is None:
-        raise ConfigError("output-dir is required")
-    folder = config.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output-dir {folder} is not a folder")
-    used = folder.is_dir() and any(folder.iterdir())
-    if config.resume == "never" and used:
-        raise ConfigError(f"output-dir {folder} is not empty, and resume is never")
-    held = [name for name in ARTEFACTS if (folder / name).exists()]
-    if held:
-        _check_same_run(_stored_config(folder), config, f"output-dir {folder}")
-    source = folder
-    if config.resume not in ("auto", "never"):
-        path = Path(config.resume)
-        source = path if path.is_dir() else path.parent
-        if (folder / checkpoint.LATEST).exists() and not (source.exists() and source.samefile(folder)):
-            raise ConfigError(
-                f"output-dir {folder} holds a run, which resume {config.resume} would overwrite"
-            )
-        if not path.is_dir():
-            return folder, path, _resumable(checkpoint.load(path), path, config), None
-    found = checkpoint.load_latest(source)
-    if found is None:  # empty, or killed before its first checkpoint
-        if source is not folder:
-            raise ConfigError(f"resume {config.resume}: the folder holds no checkpoint")
-        return folder, None, None, None
-    stored, path, fault = found
-    notice = f"{fault}; continuing from the checkpoint before it" if fault else None
-    return folder, path, _resumable(stored, path, config), notice
-
-
-def _resumable(stored: dict[str, Any], path: Path, config: Config) -> dict[str, Any]:
-    if not isinstance(stored.get("config"), dict):
-        raise ConfigError(f"checkpoint {path} cannot be resumed from: it is not a run's checkpoint.pt")
-    _check_same_run(stored["config"], config, f"checkpoint {path}")
-    return stored
-
-
-def _stored_config(folder: Path) -> dict[str, Any]:
-    try:
-        stored = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
-        stored = None
-    if not isinstance(stored, dict):
-        raise ConfigError(f"output-dir {folder} holds a run without a readable config.yaml: choose another")
-    return stored
-
-
-def _check_same_run(stored: dict[str, Any], config: Config, where: str) -> None:
-    if keys := differing_keys(stored, config):
-        raise ConfigError(
-            f"{where} holds a different run: {', '.join(keys)} differ; choose another output-dir"
-        )
 
 
 def _create(name: str, classes: int, config: Config) -> models.TappedModel:

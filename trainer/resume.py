@@ -1,0 +1,91 @@
+"""Where a run starts: whose run its output folder holds, and which checkpoint it continues from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from trainer import checkpoint
+from trainer.config import Config, ConfigError, differing_keys
+
+ARTEFACTS = (
+    "config.yaml",
+    checkpoint.LATEST,
+    checkpoint.PREVIOUS,
+    "metrics.jsonl",
+    "summary.json",
+    "model.pt",
+    "curves.png",
+)
+
+
+class Start(NamedTuple):
+    """The output folder; a checkpoint to continue from, what it holds, and what the user should know of it."""
+
+    folder: Path
+    path: Path | None = None
+    checkpoint: dict[str, Any] | None = None
+    notice: str | None = None
+
+
+def find_start(config: Config) -> Start:
+    """Where the run of `config` starts, by its `output-dir` and `resume`; nothing is touched.
+
+    Raises:
+        ConfigError: the folder holds another run, or the checkpoint is none of this run's.
+    """
+    if config.output_dir is None:
+        raise ConfigError("output-dir is required")
+    folder = config.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output-dir {folder} is not a folder")
+    used = folder.is_dir() and any(folder.iterdir())
+    if config.resume == "never" and used:
+        raise ConfigError(f"output-dir {folder} is not empty, and resume is never")
+    held = [name for name in ARTEFACTS if (folder / name).exists()]
+    if held:
+        _check_same_run(_stored_config(folder), config, f"output-dir {folder}")
+    source = folder
+    if config.resume not in ("auto", "never"):
+        path = Path(config.resume)
+        source = path if path.is_dir() else path.parent
+        if (folder / checkpoint.LATEST).exists() and not (source.exists() and source.samefile(folder)):
+            raise ConfigError(
+                f"output-dir {folder} holds a run, which resume {config.resume} would overwrite"
+            )
+        if not path.is_dir():
+            return Start(folder, path, _resumable(checkpoint.load(path), path, config))
+    found = checkpoint.load_latest(source)
+    if found is None:  # empty, or killed before its first checkpoint
+        if source is not folder:
+            raise ConfigError(f"resume {config.resume}: the folder holds no checkpoint")
+        return Start(folder)
+    stored, path, fault = found
+    notice = f"{fault}; continuing from the checkpoint before it" if fault else None
+    return Start(folder, path, _resumable(stored, path, config), notice)
+
+
+def _resumable(stored: dict[str, Any], path: Path, config: Config) -> dict[str, Any]:
+    if not isinstance(stored.get("config"), dict):
+        raise ConfigError(f"checkpoint {path} cannot be resumed from: it is not a run's checkpoint.pt")
+    _check_same_run(stored["config"], config, f"checkpoint {path}")
+    return stored
+
+
+def _stored_config(folder: Path) -> dict[str, Any]:
+    try:
+        stored = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise ConfigError(f"output-dir {folder} holds a run without a readable config.yaml: choose another")
+    return stored
+
+
+def _check_same_run(stored: dict[str, Any], config: Config, where: str) -> None:
+    if keys := differing_keys(stored, config):
+        raise ConfigError(
+            f"{where} holds a different run: {', '.join(keys)} differ; choose another output-dir"
+        )
