@@ -22,7 +22,7 @@ ARTEFACTS = (
 
 
 class Start(NamedTuple):
-    """The output folder; a checkpoint to continue from, what it holds, and what the user should know of it."""
+    """The output folder; a checkpoint to continue from, what it holds, what the user should know of it."""
 
     folder: Path
     path: Path | None = None
