@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from trainer.config import ConfigError, parse_args
+    from trainer.config import ConfigError, RankError, parse_args
 
     try:
         config, print_config = parse_args(argv)
@@ -22,13 +22,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train(config)
         except (Diverged, OutOfMemory) as error:
             return _fail(error, 1)
+    except RankError as error:
+        return _fail(error, 2, alone=True)
     except ConfigError as error:
         return _fail(error, 2)
+    except KeyboardInterrupt:  # before or after the training, which answers itself
+        return _fail("interrupted", 130)
 
 
-def _fail(error: Exception, code: int) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks of this machine fail alike
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+def _fail(error: object, code: int, *, alone: bool = False) -> int:
+    """Say what is wrong in one line; unless a rank fails `alone`, all of a machine would say the same."""
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code
 
 

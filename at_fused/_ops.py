@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, reference
 from ._outputs import empty_loss_outputs, empty_map
@@ -97,21 +98,36 @@ def _fake_loss(
 
 
 def _requires_grad(*groups: Sequence[Tensor]) -> bool:
+    if forward_ad._current_level >= 0:  # its tangents are refused by the Functions; past them they get lost
+        return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for group in groups for tensor in group)
+
+
+def _save_for_backward(ctx: Any, *tensors: Tensor) -> None:
+    """Inference tensors, such as a teacher's features, can't be saved: they are held as they are."""
+    ctx.held = [tensor if tensor.is_inference() else None for tensor in tensors]
+    pairs = zip(tensors, ctx.held, strict=True)
+    ctx.save_for_backward(*(tensor if held is None else None for tensor, held in pairs))
+
+
+def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    """Read once: each read unpacks, which checkpointing allows only once."""
+    pairs = zip(ctx.saved_tensors, ctx.held, strict=True)
+    return tuple(tensor if held is None else held for tensor, held in pairs)
 
 
 class _Maps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: float, mapping: str, backend: str, *feats: Tensor) -> tuple[Tensor, ...]:
         ctx.options = (p, mapping, backend)
-        ctx.save_for_backward(*feats)
+        _save_for_backward(ctx, *feats)
         ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowAutograd():
             return tuple(attention_maps(list(feats), p, mapping, backend))
 
     @staticmethod
     def backward(ctx: Any, *grad_maps: Tensor | None) -> tuple[Tensor | None, ...]:
-        feats = ctx.saved_tensors
+        feats = _saved_tensors(ctx)
         wanted = [i for i, grad in enumerate(grad_maps) if grad is not None and ctx.needs_input_grad[3 + i]]
         grads: list[Tensor | None] = [None] * len(feats)
         if wanted:
@@ -174,7 +190,7 @@ class _Loss(torch.autograd.Function):
             )
         ctx.weights, ctx.options, ctx.backend = weights, options, backend
         ctx.ready = grads if ahead else None
-        ctx.save_for_backward(*feats, *slopes)
+        _save_for_backward(ctx, *feats, *slopes)
         outputs = (*slopes, *(grads if student_grads else ()))
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
@@ -184,7 +200,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         count = len(ctx.weights)
         p, mapping, eps, reduce, student_slopes, *_rest = ctx.options
-        saved = ctx.saved_tensors  # read once: each read unpacks, which checkpointing allows only once
+        saved = _saved_tensors(ctx)
         feats, slopes = saved[: 2 * count], saved[2 * count :]
         needed = ctx.needs_input_grad[3:]
         grads: list[Tensor | None] = [None] * (2 * count)
@@ -235,6 +251,7 @@ def _recomputed_gradients(
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views keep the graph of the inputs when it is wanted, and cut it when it is not.
+        inputs = [x.clone() if x is not None and x.is_inference() else x for x in inputs]
         inputs = [
             None if x is None else (x.view_as(x) if create_graph else x.detach().requires_grad_(need))
             for x, need in zip(inputs, needed, strict=True)

@@ -34,6 +34,8 @@ def read_files(paths: Sequence[str], count: int) -> Images:
     """Image files, and of each folder `count` images at even distances, subfolders included."""
     from PIL import Image, ImageOps  # matplotlib needs it, too
 
+    from ._images import to_rgb
+
     suffixes = set(Image.registered_extensions())
     files: list[tuple[Path, str]] = []  # with its label
     for name in paths:
@@ -51,7 +53,7 @@ def read_files(paths: Sequence[str], count: int) -> Images:
     for path, _ in files:
         try:
             with Image.open(path) as file:
-                images.append(ImageOps.exif_transpose(file).convert("RGB"))
+                images.append(to_rgb(ImageOps.exif_transpose(file)))
         except FileNotFoundError:
             raise ValueError(f"images {path}: no such file or folder") from None
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -204,7 +204,7 @@ class AttentionLoss(nn.Module):
         }
         # A wrong option is reported where it was written, not at the first step.
         _check_options(backend=(backend, _BACKENDS))
-        probes = [torch.zeros(0, 1, 1)] * (1 if weights is None else len(weights))
+        probes = [torch.zeros(0, 1, 1, device="cpu")] * (1 if weights is None else len(weights))
         attention_loss(
             probes, probes, p, weights=weights, **{**self.options, "channel_dim": 1, "backend": "auto"}
         )
@@ -256,6 +256,8 @@ def _feature_error(feat: object, channel_dim: int) -> tuple[type[Exception], str
         return TypeError, f"must be a tensor, got {type(feat).__name__}"
     if feat.dtype not in _DTYPES:
         return TypeError, f"must be fp64, fp32, bf16 or fp16, got {feat.dtype}"
+    if feat.layout != torch.strided:
+        return TypeError, f"must be a dense tensor, got layout {feat.layout}"
     if feat.ndim < 3:
         return ValueError, "must have batch, channel and spatial dimensions"
     if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):

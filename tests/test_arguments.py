@@ -79,6 +79,16 @@ def test_dtypes_that_are_not_floating_point(dtype: torch.dtype, side: int) -> No
         at_fused.attention_map(sides[side][1])
 
 
+def test_sparse_features() -> None:
+    with pytest.raises(TypeError, match=mentions("pair 0", "dense", "sparse_coo")):
+        at_fused.attention_loss(torch.ones(2, 3, 4).to_sparse(), torch.ones(2, 3, 4))
+
+
+def test_module_is_made_under_any_default_device() -> None:
+    with torch.device("meta"):
+        at_fused.AttentionLoss(weights=[1.0, 2.0])
+
+
 def test_different_devices() -> None:
     s, t = feats(GOOD, GOOD), feats(GOOD, (2, 5, 4, 4), device="meta")
     with pytest.raises(ValueError, match=mentions("pair 0", "cpu", "meta", GOOD)):

@@ -18,6 +18,7 @@ import torch
 from cases import each_backend, feature
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import at_fused
@@ -443,11 +444,41 @@ def test_inference_mode_and_no_grad(backend: str) -> None:
             got = at_fused.attention_loss(s_feats, t_feats, backend=backend)
         assert torch.equal(got, expected)
         assert not got.requires_grad
-    with torch.inference_mode():  # a teacher run in inference mode
-        teacher = [x * 1 for x in t_feats]
-    loss = at_fused.attention_loss(s_feats, [x.clone() for x in teacher], backend=backend)
-    assert torch.equal(loss.detach(), expected)
-    assert all(torch.count_nonzero(g) for g in torch.autograd.grad(loss, s_feats))
+
+
+@each_backend
+@pytest.mark.parametrize("options", [{}, {"distance": "norm"}], ids=str)
+def test_teacher_in_inference_mode(options: dict, backend: str) -> None:
+    """Its tensors can't be saved for backward; the gradients are the same, of any order."""
+    s_feats, t_feats = features(cases.device_of(backend))
+    with torch.inference_mode():
+        inferred = [x * 1 for x in t_feats]
+    found = []
+    for teacher in ([x.detach() for x in t_feats], inferred):
+        loss = at_fused.attention_loss(s_feats, teacher, backend=backend, **options)
+        grads = torch.autograd.grad(loss, s_feats, create_graph=True)
+        penalty = torch.stack([grad.square().sum() for grad in grads]).sum()
+        found.append([loss, *grads, *torch.autograd.grad(penalty, s_feats)])
+    for expected, got in zip(*found, strict=True):
+        assert torch.count_nonzero(expected)
+        torch.testing.assert_close(got, expected)
+
+
+@each_fused
+def test_forward_mode_is_refused(backend: str) -> None:
+    """Tangents are never dropped."""
+    (feat, *_), (teacher, *_) = features(cases.device_of(backend))
+    feat, teacher = feat.detach(), teacher.detach()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(feat, torch.ones_like(feat))
+        for call in (
+            lambda: at_fused.attention_loss(dual, teacher, backend=backend),
+            lambda: at_fused.attention_map(dual, backend=backend),
+        ):
+            with pytest.raises(NotImplementedError, match="forward mode"):
+                call()
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.jvp(lambda x: at_fused.attention_loss(x, teacher, backend=backend), (feat,), (feat,))
 
 
 # --- memory ---------------------------------------------------------------------------------------

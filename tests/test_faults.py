@@ -5,19 +5,25 @@ from __future__ import annotations
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_folders import make_folders
 from test_trainer import ROOT, SMALL, flags, metrics
+from torch.utils.tensorboard import SummaryWriter
 
 import train
-from trainer import checkpoint, data, distributed
+from trainer import checkpoint, data, distributed, engine
+from trainer.config import ConfigError, RankError
 
 KEYS = {**SMALL, "epochs": 2, "checkpoint-every": 1}  # 8 steps
 
@@ -80,6 +86,18 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def folder_bit(path: Path) -> None:
+    """The zip file's directory calls a tensor a folder, of which torch would read nothing."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        place = archive.start_dir
+        for entry in archive.infolist():
+            if entry.filename.endswith("data/0"):
+                content[place + 38] ^= 0x10
+            place += 46 + len(entry.filename.encode()) + len(entry.extra) + len(entry.comment)
+    path.write_bytes(content)
+
+
 def foreign(path: Path) -> None:
     torch.save([1, 2], path)
 
@@ -92,7 +110,9 @@ def hostile_pickle(path: Path) -> None:
     path.write_bytes(pickle.dumps(Hostile(path.with_name("executed"))))
 
 
-each_damage = pytest.mark.parametrize("damage", [cut, empty, flip_a_bit, foreign, hostile, hostile_pickle])
+each_damage = pytest.mark.parametrize(
+    "damage", [cut, empty, flip_a_bit, folder_bit, foreign, hostile, hostile_pickle]
+)
 
 
 @each_damage
@@ -109,6 +129,58 @@ def test_damaged_checkpoint_is_refused(
     assert error.count("\n") == 1
     assert str(stopped / checkpoint.LATEST) in error
     assert contents(stopped) == before
+
+
+def test_cut_anywhere(whole: Path, tmp_path: Path) -> None:
+    content = (whole / checkpoint.LATEST).read_bytes()
+    for size in (*range(0, len(content), len(content) // 40), len(content) - 1):
+        (tmp_path / "cut.pt").write_bytes(content[:size])
+        with pytest.raises(ConfigError, match=r"cut\.pt is damaged, truncated or not a checkpoint"):
+            checkpoint.load(tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("optimizer", torch.zeros(2)),
+        ("progress", {"step": "6"}),
+        ("progress", {"history": 3}),
+        ("ranks", 3),
+        ("ranks", []),
+        ("ranks", [{}]),
+        ("model", []),
+    ],
+)
+def test_a_checkpoint_of_strange_content(key: str, value: Any, stopped: Path, capsys) -> None:
+    state = checkpoint.load(stopped / checkpoint.LATEST)
+    checkpoint.save(stopped / checkpoint.LATEST, state | {key: value})
+    capsys.readouterr()
+    assert run(stopped) == 2
+    error = capsys.readouterr().err
+    assert "does not fit this run" in error
+    assert error.count("\n") == 1
+
+
+def test_other_images_than_the_run_has_begun_with(tmp_path: Path, capsys) -> None:
+    """More of them, or others: an epoch would be of another length, or images be seen twice."""
+    make_folders(tmp_path / "images", train=4, val=1)
+    keys = {"dataset": "imagefolder", "data_dir": tmp_path / "images", "image_size": 16, "batch_size": 4}
+    keys |= {"limit_train": 12, "limit_test": 3}
+    assert run(tmp_path / "run", **keys, max_steps=2) == 0
+    first = tmp_path / "images/train/ant/0.png"
+    first.rename(first.with_name("9.png"))
+    capsys.readouterr()
+    assert run(tmp_path / "run", **keys) == 2
+    error = capsys.readouterr().err
+    assert "holds other images than this run has begun with (other files or labels)" in error
+    first.with_name("9.png").rename(first)
+    assert run(tmp_path / "run", **keys) == 0
+
+
+def test_a_continued_run_knows_its_last_good_checkpoint(stopped: Path, monkeypatch, capsys) -> None:
+    poison(monkeypatch, 1)
+    assert run(stopped) == 1
+    assert f"last good checkpoint: {stopped / checkpoint.LATEST} (step 6)" in capsys.readouterr().err
 
 
 @each_damage
@@ -217,6 +289,77 @@ def test_full_disk(small_disk: Path) -> None:
 def test_read_only_disk(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     check_one_line(start(small_disk / "run"), "output-dir", "Read-only file system")
+
+
+def refuse(*arguments: Any) -> None:
+    raise OSError(30, "Read-only file system")
+
+
+def test_disk_that_becomes_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """TensorBoard is the first to notice, then the checkpoint before the latest."""
+    with monkeypatch.context() as patch:
+        patch.setattr(SummaryWriter, "flush", refuse)
+        assert run(tmp_path / "run") == 2
+    assert "cannot write TensorBoard's events: Read-only file system" in capsys.readouterr().err
+    checkpoint.save_latest(tmp_path, {})
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(shutil, "copyfile", refuse)
+    with pytest.raises(ConfigError, match=r"Read-only file system \(checkpoint.pt is intact\)"):
+        checkpoint.save_latest(tmp_path, {})
+
+
+# --- who speaks, and when ----------------------------------------------------------------------------
+
+
+def test_interrupted_outside_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """While the teacher is tested, say; between steps the training answers itself."""
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Run, "train", interrupt)
+    assert run(tmp_path / "run") == 130
+    assert capsys.readouterr().err == "train.py: error: interrupted\n"
+
+
+@pytest.mark.parametrize("error, speaks", [(ConfigError, False), (RankError, True)])
+def test_one_rank_speaks_for_all_but_of_its_own(
+    error: type[ConfigError], speaks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise error("wrong")
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(engine, "train", fail)
+    assert run(tmp_path / "run") == 2
+    assert capsys.readouterr().err == ("train.py: error: wrong\n" if speaks else "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="workers tell signals apart on Linux")
+def test_a_signal_to_the_whole_group_stops_the_run_alone(tmp_path: Path) -> None:
+    """As torchrun and Slurm send it: the loading processes go on until the checkpoint is written."""
+    make_folders(tmp_path / "images", train=40)
+    keys = {"dataset": "imagefolder", "data-dir": tmp_path / "images", "image-size": 16, "workers": 2}
+    values = KEYS | keys | {"limit-test": 3, "epochs": 10**6, "batch-size": 4, "output-dir": tmp_path / "run"}
+    values |= {"limit-train": 120, "lr-schedule": "constant", "lr": 1e-3}
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *flags(values)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / checkpoint.LATEST).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, error
+    assert "stopped by signal 15 at step" in output
+    assert error == ""
+    checkpoint.load(tmp_path / "run" / checkpoint.LATEST)
 
 
 # --- figures that are not finite, memory that does not suffice --------------------------------------

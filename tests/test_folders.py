@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,40 @@ def test_odd_files_are_read_and_broken_ones_skipped(
     assert all(line.startswith("skipped ") and line.endswith(")") for line in lines)
 
 
+def test_sixteen_bit_grey_is_scaled(tmp_path: Path) -> None:
+    """Pillow's own conversion would make all but the darkest white; floats, of unknown range, are skipped."""
+    make_folders(tmp_path, val=2)
+    levels = np.linspace(0, 65535, 40 * 30).reshape(30, 40)
+    paths = [tmp_path / "val" / "ant" / name for name in ("0.png", "1.tif")]
+    (tmp_path / "val" / "ant" / "1.png").unlink()
+    Image.fromarray(levels.astype(np.uint16)).save(paths[0])
+    Image.fromarray((levels / 65535).astype(np.float32)).save(paths[1])
+    dataset = folders.load(config(tmp_path), CPU)
+    ((images, labels),) = dataset.evaluation_batches([slice(0, 2)])
+    assert labels.tolist() == [0]
+    assert dataset.unreadable == [str(paths[1])]
+    pixels = images[0] * dataset.std.view(3, 1, 1) + dataset.mean.view(3, 1, 1)
+    torch.testing.assert_close(pixels[0], pixels[2], atol=1e-4, rtol=0)
+    assert 100 < pixels.mean() < 155
+    assert pixels.min() < 50 < 200 < pixels.max()
+
+
+def test_identity_of_the_images(tmp_path: Path) -> None:
+    """The same wherever the folder lies; another with another file, another limit or another label."""
+    make_folders(tmp_path / "a", train=3, val=1)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+
+    def identity(name: str, **keys: object) -> dict[str, object]:
+        return folders.load(config(tmp_path / name, **keys), CPU).identity()
+
+    first = identity("a")
+    assert (first["train"], first["test"], first["classes"]) == (9, 3, 3)
+    assert identity("b") == first
+    assert identity("b", limit_train=6) != first
+    (tmp_path / "b/train/ant/0.png").rename(tmp_path / "b/train/ant/9.png")
+    assert identity("b") == first | {"files": identity("b")["files"]} != first
+
+
 def test_too_many_broken_files_end_the_run(tmp_path: Path) -> None:
     make_folders(tmp_path)
     for i in range(3):
@@ -205,8 +240,26 @@ def test_damaged_cub_tables(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"bounding_boxes.txt, line 1: cannot be understood"):
         folders.load(config(tmp_path, dataset="cub"), CPU)
     (root / "bounding_boxes.txt").write_text("1 10 5 40 30\n")
-    with pytest.raises(ConfigError, match="image 2 has no label or no bounding box"):
+    with pytest.raises(ConfigError, match="image 2 has no name, label, split or bounding box"):
         folders.load(config(tmp_path, dataset="cub"), CPU)
     (root / "images.txt").unlink()
     with pytest.raises(ConfigError, match=r"images.txt: No such file"):
+        folders.load(config(tmp_path, dataset="cub"), CPU)
+
+
+@pytest.mark.parametrize(
+    "table, line, message",
+    [
+        ("images", b"6\n", "image 6 has no name, label, split or bounding box"),
+        ("image_class_labels", b"6\n", "image 6 has no name, label, split or bounding box"),
+        ("image_class_labels", b"6 0\n", "image 6: labels begin with 1, got 0"),
+        ("train_test_split", b"", "image 6 has no name, label, split or bounding box"),
+        ("images", b"6 \xe9.png\n", "images.txt is not UTF-8"),
+    ],
+)
+def test_faulty_lines_of_cub(table: str, line: bytes, message: str, tmp_path: Path) -> None:
+    """In place of the last line of a table."""
+    path = make_cub(tmp_path) / f"{table}.txt"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]) + line)
+    with pytest.raises(ConfigError, match=message):
         folders.load(config(tmp_path, dataset="cub"), CPU)

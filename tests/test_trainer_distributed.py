@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_folders import make_folders
 
 import train
 
@@ -131,6 +132,42 @@ def test_stopped_ranks_resume_together(tmp_path: Path) -> None:
         for name in ("whole", "stopped")
     )
     assert first == second
+
+
+@pytest.mark.slow
+def test_each_rank_resumes_with_its_own_statistics(tmp_path: Path) -> None:
+    """Which enter the loss here; a test in between, by the statistics of rank 0, leaves them alone."""
+    keys = {"method": "min-l2", "gradient_bn": "running", "freeze_bn": "false", "lr": 0.01}
+    keys |= {"checkpoint_every": 1}
+    for folder, steps in (("whole", None), ("stopped", 3), ("stopped", 6), ("stopped", None)):
+        done = launch(2, tmp_path / folder, **keys, **({"max_steps": steps} if steps else {}))
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "stopped/model.pt").read_bytes() == (tmp_path / "whole/model.pt").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (
+            ["ant/0", "ant/1", "ant/2", "bee/0", "bee/1", "bee/2", "cat/0", "cat/1", "cat/2"],
+            "no image of the",
+        ),
+        (["ant/0", "cat/2"], "2 images can't be read, such as"),
+    ],
+    ids=["all", "one of each rank"],
+)
+def test_ranks_agree_on_what_they_could_not_read(broken: list[str], message: str, tmp_path: Path) -> None:
+    images = make_folders(tmp_path / "images", train=4)
+    for name in broken:
+        (images / "val" / f"{name}.png").write_bytes(b"")
+    keys = {"dataset": "imagefolder", "data_dir": images, "image_size": 16, "batch_size": 4, "epochs": 1}
+    keys |= {"limit_train": 12, "limit_test": 9, "max_unreadable": 1 if len(broken) == 2 else 20}
+    done = launch(2, tmp_path / "run", **keys)
+    assert done.returncode
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
 
 
 @pytest.mark.slow

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -62,12 +64,17 @@ def save_latest(folder: Path, state: Any, *, keep_latest: bool = True) -> None:
     latest, previous = folder / LATEST, folder / PREVIOUS
     if keep_latest and latest.exists():
         temporary = previous.with_name(f".{PREVIOUS}.tmp")
-        temporary.unlink(missing_ok=True)
         try:
-            os.link(latest, temporary)  # a second name: nothing is copied, and the latest never goes away
-        except OSError:
-            shutil.copyfile(latest, temporary)  # a file system without hard links
-        os.replace(temporary, previous)
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(latest, temporary)  # a second name: nothing is copied, and the latest never goes away
+            except OSError:
+                shutil.copyfile(latest, temporary)  # a file system without hard links
+            os.replace(temporary, previous)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {previous}: {error.strerror or error} ({latest.name} is intact)"
+            ) from None
     save(latest, state)
 
 
@@ -93,14 +100,19 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], Path, str | None] | None:
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, weights only. Missing, damaged or foreign files raise ConfigError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the unpickler's, of what it then refuses
+            state = torch.load(path, map_location="cpu", weights_only=True)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch.load itself skips the checksums
-            if damaged:
-                raise ValueError(f"{damaged} fails its checksum")
+                folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+            if damaged or folders:  # a tensor is no folder, of which torch would read nothing
+                raise ValueError(f"{damaged or folders[0]} fails its checksum")
     except OSError as error:
-        raise ConfigError(f"checkpoint {path}: {error.strerror or error}") from None
+        if error.errno != errno.EINVAL:  # what torch gets where it seeks in a truncated file
+            raise ConfigError(f"checkpoint {path}: {error.strerror or error}") from None
+        raise ConfigError(f"checkpoint {path} is damaged, truncated or not a checkpoint") from None
     except Exception as error:  # zip, pickle and torch each raise their own kinds
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise ConfigError(f"checkpoint {path} is damaged, truncated or not a checkpoint ({reason})") from None

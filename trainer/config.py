@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 import at_fused
 
@@ -21,6 +29,10 @@ DEFAULT_BETA = {"hints": 10.0, "grad-at": 1.0, "symmetry": 1.0, "min-l2": 1.0}
 
 class ConfigError(ValueError):
     """A mistake of the user's: the command line prints its one line and exits with code 2."""
+
+
+class RankError(ConfigError):
+    """One that may befall a single rank, which then prints it, whichever it is."""
 
 
 class Config(BaseModel):
@@ -64,7 +76,7 @@ class Config(BaseModel):
     """weight of the transfer term; unset: AT's, or that of the method"""
     beta_schedule: Literal["constant", "linear", "cosine", "step"] | None = None
     """decay of beta; unset: linear to 0 for at+kd and hints, constant otherwise"""
-    beta_milestones: list[int] = []
+    beta_milestones: list[NonNegativeInt] = []
     """epochs at which beta-schedule step multiplies beta by beta-gamma"""
     beta_gamma: float = Field(0.1, ge=0, allow_inf_nan=False)
     """factor of beta-schedule step"""
@@ -85,13 +97,13 @@ class Config(BaseModel):
     """passes over the training images"""
     batch_size: int = Field(128, ge=1)
     """images per step, over all ranks together"""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, le=2**31)
     """parts in which each rank's share of a batch is computed: less memory, the same mean gradient"""
     lr: float = Field(0.1, gt=0, allow_inf_nan=False)
     """learning rate (of onecycle: the peak)"""
     lr_schedule: Literal["step", "cosine", "onecycle", "constant"] = "step"
     """step changes at epochs; cosine and onecycle change at every step"""
-    lr_milestones: list[int] = [60, 120, 160]
+    lr_milestones: list[NonNegativeInt] = [60, 120, 160]
     """epochs at which lr-schedule step multiplies the rate by lr-gamma"""
     lr_gamma: float = Field(0.2, gt=0, allow_inf_nan=False)
     """factor of lr-schedule step"""
@@ -110,7 +122,7 @@ class Config(BaseModel):
     max_unreadable: int = Field(100, ge=0)
     """image files that may be unreadable, and are skipped, before the run ends"""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """seed of weights, data order and augmentation"""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """autocast dtype"""
@@ -132,7 +144,7 @@ class Config(BaseModel):
     """backend of at_fused"""
     workers: int = Field(0, ge=0)
     """data-loading processes per rank, of imagefolder and cub; 0 loads in the training process"""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, le=2**15)
     """CPU threads per rank; 0 leaves PyTorch's choice"""
 
     output_dir: Path | None = None
@@ -181,6 +193,13 @@ class Config(BaseModel):
     @classmethod
     def _split_taps(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) and "," in value else value
+
+    @field_validator("data_dir", "teacher_checkpoint", "output_dir", "resume", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if value == "":  # else the current folder, where a variable of the shell is not set
+            raise ValueError("is empty")
+        return value
 
     @field_validator("pretrained", mode="before")
     @classmethod
@@ -276,9 +295,8 @@ def differing_keys(old: dict[str, Any], new: Config) -> list[str]:
     fields = Config.model_fields.items()
     defaults = {name.replace("_", "-"): field.default for name, field in fields if not field.is_required()}
     old, current = defaults | old, new.model_dump(mode="json", by_alias=True)
-    return sorted(
-        k for k in old.keys() | current.keys() if k not in FREE_KEYS and old.get(k) != current.get(k)
-    )
+    differing = (k for k in old.keys() | current.keys() if old.get(k) != current.get(k))
+    return sorted(str(k) for k in differing if k not in FREE_KEYS)
 
 
 def make_config(values: dict[str, Any]) -> Config:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -53,6 +53,15 @@ class ImageSet:
     std: Tensor
     pad: int
     flip: bool
+
+    @property
+    def unreadable(self) -> list[str]:
+        """None of what is held in memory: see `folders.FileSet`."""
+        return []
+
+    def identity(self) -> dict[str, Any]:
+        """What a run's data set must have in common with that of its continuation."""
+        return identity(self)
 
     def example(self) -> Tensor:
         """An image (1, 3, H, W), as batches have them."""
@@ -103,6 +112,11 @@ def load_whole(config: Config, device: torch.device) -> ImageSet:
         pad=pad if config.augment == "crop-flip" else 0,
         flip=flip and config.augment != "none",
     )
+
+
+def identity(dataset: ImageSet | FileSet) -> dict[str, Any]:
+    """Numbers of images and classes."""
+    return {"train": len(dataset.train), "test": len(dataset.test), "classes": dataset.classes}
 
 
 def check_limits(config: Config, train: int, test: int) -> None:

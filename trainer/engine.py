@@ -84,6 +84,7 @@ class Run:
         self.start = resume.find_start(config)
         self.folder = self.start.folder
         self.dataset = data.load(config, ranks.device)
+        self.identity = self.dataset.identity()
         size = len(self.dataset.train)
         tail = size % config.batch_size
         if min(config.batch_size, size, tail or size) < ranks.world:
@@ -326,7 +327,9 @@ class Run:
         """Errors of `model` in percent; every test image counts exactly once over all ranks.
 
         `test_error`, and of more than ten classes `test_top5_error`: the label isn't among the first five.
+        Buffers (BatchNorm's statistics) are those of rank 0; the other ranks get theirs back.
         """
+        own = [buffer.clone() for buffer in self.student.buffers()] if self.ranks.world > 1 else []
         self.ranks.broadcast_(list(self.student.buffers()))
         model = model.module if isinstance(model, DistributedDataParallel) else model
         model.eval()
@@ -344,9 +347,23 @@ class Run:
                 counts[1] += (logits.argmax(1) != labels).sum()
                 if top5:
                     counts[2] += (logits.topk(5).indices != labels[:, None]).all(1).sum()
+        for buffer, value in zip(self.student.buffers(), own, strict=False):
+            buffer.copy_(value)
+        self._check_unreadable()
         seen, wrong, wrong5 = self.ranks.sum_(counts).tolist()
+        if not seen:
+            raise ConfigError("no image of the test set can be read")
         errors = {"test_error": 100 * wrong / seen}
         return errors | {"test_top5_error": 100 * wrong5 / seen} if top5 else errors
+
+    def _check_unreadable(self) -> None:
+        """ConfigError on every rank where all together could not read more images than may be."""
+        paths = {path for paths in self.ranks.gather(self.dataset.unreadable) for path in paths}
+        if len(paths) > self.config.max_unreadable:
+            raise ConfigError(
+                f"{len(paths)} images can't be read, such as {min(paths)}; "
+                f"max-unreadable is {self.config.max_unreadable}"
+            )
 
     def _autocast(self) -> torch.autocast:
         dtype = AMP_DTYPES.get(self.config.amp)
@@ -359,7 +376,11 @@ class Run:
 
     def _save(self, *, keep_latest: bool = True) -> None:
         """Write checkpoint.pt: all that the rest of the run depends on."""
-        mine = {"sums": self.sums.cpu(), "rng": _rng_state(self.ranks.device)}
+        mine = {
+            "sums": self.sums.cpu(),
+            "rng": _rng_state(self.ranks.device),
+            "buffers": [buffer.cpu() for buffer in self.student.buffers()] if self.ranks.world > 1 else [],
+        }
         states = self.ranks.gather(mine)
         if self.ranks.first:
             progress = self.progress
@@ -372,6 +393,7 @@ class Run:
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
                     "progress": asdict(progress),
+                    "data": self.identity,
                     "ranks": states,
                 },
                 keep_latest=keep_latest,
@@ -379,6 +401,19 @@ class Run:
         self.watch.last_saved = f"{self.folder / checkpoint.LATEST} (step {self.progress.step})"
 
     def _restore(self, stored: dict[str, Any]) -> None:
+        """Take up the run that a checkpoint has stored.
+
+        Raises:
+            ConfigError: it does not fit, or the data set is another one.
+        """
+        now, then = self.identity, stored.get("data")  # earlier versions stored none
+        if then is not None and then != now:
+            differing = {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
+            told = [f"{key}: {a}, now {b}" for key, (a, b) in differing.items() if key != "files"]
+            raise ConfigError(
+                f"data-dir {self.config.data_dir} holds other images than this run has begun with "
+                f"({'; '.join(told) or 'other files or labels'})"
+            )
         try:
             self.student.load_state_dict(stored["model"])
             if self.tapped.hints is not None:
@@ -386,12 +421,20 @@ class Run:
             self.optimizer.load_state_dict(stored["optimizer"])
             self.scaler.load_state_dict(stored["scaler"])
             self.progress = Progress(**stored["progress"])
-            states = stored["ranks"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if not isinstance(self.progress.step, int) or not isinstance(self.progress.history, list):
+                raise TypeError("its progress makes no sense")
+            self._restore_rank(stored["ranks"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise ConfigError(f"the checkpoint to resume from does not fit this run: {error}") from None
+        self.watch.last_saved = f"{self.start.path} (step {self.progress.step})"
+
+    def _restore_rank(self, states: list[dict[str, Any]]) -> None:
         if len(states) == self.ranks.world:
-            self.sums.copy_(states[self.ranks.rank]["sums"])
-            _set_rng_state(states[self.ranks.rank]["rng"], self.ranks.device)
+            mine = states[self.ranks.rank]
+            self.sums.copy_(mine["sums"])
+            _set_rng_state(mine["rng"], self.ranks.device)
+            for buffer, value in zip(self.student.buffers(), mine.get("buffers", ()), strict=False):
+                buffer.copy_(value)
         elif self.ranks.first:  # another number of ranks: the totals count, whoever holds them
             self.sums.copy_(torch.stack([state["sums"] for state in states]).sum(0))
 
@@ -452,8 +495,8 @@ def _set_up_torch(config: Config, ranks: Ranks) -> None:
 def _create(name: str, classes: int, config: Config) -> models.TappedModel:
     try:
         model = models.create(name, num_classes=classes)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    except (ValueError, RuntimeError) as error:  # unknown, or beyond the memory
+        raise ConfigError(f"{name}: {error}" if isinstance(error, RuntimeError) else str(error)) from None
     return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
 
 

@@ -6,11 +6,15 @@ ranks and workers sees the same batches, and a resumed run finds them again.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +22,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from at_fused._images import to_rgb
 from models import torchvision_compat  # noqa: F401  (before torchvision)
 from trainer import data
-from trainer.config import Config, ConfigError
+from trainer.config import Config, ConfigError, RankError
 from trainer.sampling import generator, stratified
 
 # isort: split
@@ -28,7 +33,6 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, in units of the uint8 pixels
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 Key = tuple[int, int]  # index of an image, seed of its augmentation
@@ -77,19 +81,23 @@ class ImageFiles(Dataset[Sample]):
         for step in range(len(self.files) if self.replace else 1):
             index = (first + step) % len(self.files)
             try:
-                image = self._read(index, seed)
-            except UNREADABLE as error:
+                image = self._read(index)
+            except Exception as error:  # each of Pillow's decoders raises kinds of its own
                 reason = str(error).replace(f" {self.files.paths[index]!r}", "") or type(error).__name__
                 faults.append((index, reason.splitlines()[0]))
                 continue
-            return Sample(image, int(self.files.labels[index]), faults)
+            return Sample(self._augment(image, seed), int(self.files.labels[index]), faults)
         return Sample(None, -1, faults)
 
-    def _read(self, index: int, seed: int) -> Tensor:
+    def _read(self, index: int) -> Image.Image:
         with Image.open(self.files.paths[index]) as file:
-            image = file.convert("RGB")  # greyscale and CMYK, too
+            image = to_rgb(file)
         if self.files.boxes is not None:
-            image = image.crop(tuple(round(edge) for edge in self.files.boxes[index]))
+            left, top, right, bottom = map(round, self.files.boxes[index])
+            image = image.crop((left, top, right, bottom))
+        return image
+
+    def _augment(self, image: Image.Image, seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.1 ms: CUDA's too
             image = self.transform(image)
@@ -101,12 +109,26 @@ class FileSet:
 
     def __init__(self, config: Config, device: torch.device, train: Files, test: Files, classes: int) -> None:
         self.train, self.test, self.classes = train, test, classes
+        self.root = str(config.data_dir)
         self.size, self.device = config.image_size, device
         self.mean, self.std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
         self._faults = Faults(config.max_unreadable)
         plain, augmented = transforms(config)
         self._train = _Loader(ImageFiles(train, augmented, replace=True), config.workers, device)
         self._test = _Loader(ImageFiles(test, plain, replace=False), config.workers, device)
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Paths of the images that this process could not read so far."""
+        return list(self._faults.seen)
+
+    def identity(self) -> dict[str, Any]:
+        """As `data.ImageSet.identity`, and a digest of all paths in the data folder, and their labels."""
+        digest = hashlib.blake2b(digest_size=16)
+        for files in (self.train, self.test):
+            for path, label in zip(files.paths, files.labels.tolist(), strict=True):
+                digest.update(f"{path.removeprefix(self.root)}\0{label}\n".encode(errors="surrogateescape"))
+        return data.identity(self) | {"files": digest.hexdigest()}
 
     def example(self) -> Tensor:
         """A blank image (1, 3, H, W) of the size that batches have."""
@@ -141,7 +163,7 @@ class Faults:
     """Names each unreadable image once, on stderr, and gives up where there are too many.
 
     Raises:
-        ConfigError: more than `limit` images, or all of a split, can't be read.
+        RankError: more than `limit` images, or all of a split, can't be read.
     """
 
     def __init__(self, limit: int) -> None:
@@ -153,10 +175,11 @@ class Faults:
             path = files.paths[index]
             if path not in self.seen:
                 self.seen[path] = reason
-                print(f"skipped {path}, which can't be read ({reason})", file=sys.stderr, flush=True)
+                name = " ".join(path.split())  # some have a line break
+                print(f"skipped {name}, which can't be read ({reason})", file=sys.stderr, flush=True)
         if faults and (len(self.seen) > self.limit or all(path in self.seen for path in files.paths)):
             path, reason = next(iter(self.seen.items()))
-            raise ConfigError(
+            raise RankError(
                 f"{len(self.seen)} images can't be read, such as {path} ({reason}); "
                 f"max-unreadable is {self.limit}"
             )
@@ -174,7 +197,7 @@ class _Loader:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             collate_fn=_collate,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_leave_signals_to_main,
             generator=torch.Generator(),  # else each pass draws from the generator that the run resumes by
         )
 
@@ -190,9 +213,18 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Fault]]:
     return images, labels, [fault for sample in samples for fault in sample.faults]
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process decides when its workers end."""
+def _leave_signals_to_main(worker: int) -> None:
+    """Ctrl-C, torchrun and Slurm signal whole groups of processes: the main one decides when workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_with_main, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_main(main: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+        pass
+    os._exit(0)
 
 
 def transforms(config: Config) -> tuple[Callable, Callable]:
@@ -251,12 +283,17 @@ def _read_cub(root: Path) -> tuple[Files, Files, int]:
     labels = _read_table(root / "image_class_labels.txt", int)
     trains = _read_table(root / "train_test_split.txt", int)
     boxes = _read_table(root / "bounding_boxes.txt", float)
+    for number in names:
+        columns = (names, 1), (labels, 1), (trains, 1), (boxes, 4)
+        if any(len(table.get(number, ())) != width for table, width in columns):
+            raise ConfigError(f"data-dir {root}: image {number} has no name, label, split or bounding box")
+        if labels[number][0] < 1:
+            raise ConfigError(
+                f"data-dir {root}: image {number}: labels begin with 1, got {labels[number][0]}"
+            )
     files = []
     for train in (1, 0):
-        numbers = [number for number in names if trains.get(number) == [train]]
-        missing = [number for number in numbers if number not in labels or len(boxes.get(number, ())) != 4]
-        if missing:
-            raise ConfigError(f"data-dir {root}: image {missing[0]} has no label or no bounding box")
+        numbers = [number for number in names if trains[number] == [train]]
         if not numbers:
             raise ConfigError(f"data-dir {root}: train_test_split.txt marks no image with {train}")
         files.append(
@@ -266,7 +303,7 @@ def _read_cub(root: Path) -> tuple[Files, Files, int]:
                 [_box(*boxes[number]) for number in numbers],
             )
         )
-    return files[0], files[1], max(label for (label,) in labels.values())
+    return files[0], files[1], max(labels[number][0] for number in names)
 
 
 def _box(left: float, top: float, width: float, height: float) -> Box:
@@ -276,9 +313,11 @@ def _box(left: float, top: float, width: float, height: float) -> Box:
 def _read_table(path: Path, kind: Callable) -> dict[int, list]:
     """The values of each line after its number."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"data-dir {path.parent}: {path.name}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"data-dir {path.parent}: {path.name} is not UTF-8") from None
     table = {}
     for place, line in enumerate(lines, 1):
         try:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer.checkpoint import write_atomically
+from trainer.config import ConfigError
 
 Metrics = dict[str, Any]
 
@@ -66,9 +67,12 @@ class Reporter:
                 self._progress.task_ids[0], speed=f"{metrics['images_per_second']:.0f} images/s"
             )
         if self._tensorboard:
-            for name in metrics.keys() - {"epoch"}:
-                self._tensorboard.add_scalar(name, metrics[name], step)
-            self._tensorboard.flush()
+            try:
+                for name in metrics.keys() - {"epoch"}:
+                    self._tensorboard.add_scalar(name, metrics[name], step)
+                self._tensorboard.flush()
+            except OSError as error:
+                raise ConfigError(f"cannot write TensorBoard's events: {error.strerror or error}") from None
 
     def close(self) -> None:
         if self._progress:

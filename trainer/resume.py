@@ -39,8 +39,11 @@ def find_start(config: Config) -> Start:
     if config.output_dir is None:
         raise ConfigError("output-dir is required")
     folder = config.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output-dir {folder} is not a folder")
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"output-dir {folder} is not a folder")
+    except OSError as error:
+        raise ConfigError(f"output-dir {folder}: {error.strerror}") from None
     used = folder.is_dir() and any(folder.iterdir())
     if config.resume == "never" and used:
         raise ConfigError(f"output-dir {folder} is not empty, and resume is never")
@@ -77,7 +80,7 @@ def _resumable(stored: dict[str, Any], path: Path, config: Config) -> dict[str, 
 def _stored_config(folder: Path) -> dict[str, Any]:
     try:
         stored = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         stored = None
     if not isinstance(stored, dict):
         raise ConfigError(f"output-dir {folder} holds a run without a readable config.yaml: choose another")
