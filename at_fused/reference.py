@@ -6,6 +6,7 @@ in fp32 (fp64 for fp64 features).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -93,6 +94,8 @@ def map_distance(student: Tensor, teacher: Tensor, distance: str, norm_order: fl
     if distance == "mse":
         # An empty batch gives 0, where mean() would give NaN.
         return difference.square().sum() / max(difference.numel(), 1)
+    if norm_order == math.inf and not difference.shape[1]:
+        return difference.sum()  # no maximum of no positions: 0, as the other norms are
     norms = torch.linalg.vector_norm(difference, norm_order, dim=1)
     return norms.sum() / max(norms.numel(), 1)
 

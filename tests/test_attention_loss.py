@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cases
 import numpy as np
 import pytest
@@ -328,6 +330,14 @@ def test_an_empty_batch_gives_zero(distance: str, backend: str) -> None:
     assert [g.shape for g in grads] == [s.shape, t.shape]
     each = at_fused.attention_loss([s, s], [t, t], distance=distance, reduction="none", backend=backend)
     assert each.tolist() == [0.0, 0.0]
+
+
+@each_backend
+@pytest.mark.parametrize("norm_order", [1, 2, math.inf])
+def test_no_positions_give_zero(norm_order: float, backend: str) -> None:
+    student, teacher = torch.zeros(2, 2, 3, 0, 4, device=cases.device_of(backend)).unbind()
+    options = {"distance": "norm", "norm_order": norm_order, "backend": backend}
+    assert at_fused.attention_loss(student.requires_grad_(), teacher, **options).item() == 0
 
 
 @each_backend
