@@ -229,34 +229,50 @@ def _tap_names(args: argparse.Namespace, number: int, model: nn.Module, x: Tenso
 
 
 def last_of_each_size(model: nn.Module, x: Tensor) -> list[str]:
-    """Names of the modules that are the last to put out each spatial size, from the input on.
+    """Names of the modules that are the last to put out each spatial size, from input to output.
 
-    These are the "last pre-downsampling" and the top activations of Figure 4, for any convolutional network.
-    Normalisations are passed over: after a LayerNorm every position has nearly the same squared sum.
+    These are the "last pre-downsampling" and the top activations of Figure 4. Passed over are
+    normalisations (after a LayerNorm every position has nearly the same squared sum), and what a block works
+    on in other sizes than those between its input and output, such as attention's matrices.
     """
-    last: dict[tuple[int, ...], str] = {}
+    sizes: dict[str, int] = {}  # in the order of the modules' last calls
 
     def recorder(name: str) -> Any:
         def record(module: nn.Module, args: Any, output: Any) -> None:
-            grid = tuple(_channels_first(output).shape[2:]) if _is_spatial(output) else (1, 1)
-            if grid != (1, 1):
-                last[grid] = name
+            before, after = _positions(args[0], x) if args else 0, _positions(output, x)
+            if not after:
+                return
+            if 0 < before < x[0, 0].numel() and not isinstance(module, nn.Sequential):
+                kept = range(after, max(before, after + 1))
+                for inner in [n for n in sizes if n.startswith(f"{name}.") and sizes[n] not in kept]:
+                    del sizes[inner]
+            if "Norm" not in type(module).__name__:
+                sizes.pop(name, None)
+                sizes[name] = after
 
         return record
 
-    handles = [
-        m.register_forward_hook(recorder(name))
-        for name, m in model.named_modules()
-        if name and "Norm" not in type(m).__name__
-    ]
+    handles = [m.register_forward_hook(recorder(name)) for name, m in model.named_modules() if name]
     try:
         _run(model, x)
     finally:
         for handle in handles:
             handle.remove()
-    if not last:
+    levels: list[str] = []
+    for name, size in reversed(sizes.items()):
+        if not levels or size > sizes[levels[-1]]:
+            levels.append(name)
+    if not levels:
         raise ValueError("this model puts out no spatial features: name modules with --taps")
-    return list(last.values())
+    return levels[::-1]
+
+
+def _positions(output: Any, x: Tensor) -> int:
+    """Of a feature map of the images `x`, more than one; 0 for what is none."""
+    if not _is_spatial(output) or len(output) != len(x):
+        return 0
+    positions = _channels_first(output)[0, 0].numel()
+    return positions if positions > 1 else 0
 
 
 def _forward(title: str, model: nn.Module, x: Tensor, taps: list[str]) -> tuple[Tensor, list[Tensor]]:

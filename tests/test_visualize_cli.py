@@ -311,6 +311,58 @@ def test_last_of_each_size_passes_over_normalisations() -> None:
         )
 
 
+class Attention(nn.Module):
+    """Keeps the size of its input (B, C, h, w); within, a matrix and windows as many as the positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.windows = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)
+        self.matrix((tokens.mT @ tokens)[:, None])
+        self.windows(x.movedim(1, -1).unfold(1, 2, 2).unfold(2, 2, 2).flatten(0, 2))
+        return x * 1
+
+
+class Strided(nn.Module):
+    """Halves its input, with one ReLU for both sizes, as torchvision's residual blocks have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.relu = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 2, 2), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.conv2(self.relu(self.conv1(x))))
+
+
+def test_last_of_each_size_passes_over_what_blocks_work_on() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 2, 2), Attention(), Strided(), Attention(), Strided(), Attention(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+    for images in (1, 2):
+        found = _visualize_cli.last_of_each_size(model.eval(), torch.rand(images, 3, 16, 16))
+        assert found == ["1", "3", "5"]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("torchvision/resnet50", ["relu", *LAYERS]),
+        ("torchvision/maxvit_t", ["stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3"]),
+        ("timm/swin_tiny_patch4_window7_224", ["layers.0", "layers.1", "layers.2", "layers"]),
+        ("timm/pvt_v2_b0", ["stages.0", "stages.1", "stages.2", "stages"]),
+    ],
+)
+def test_levels_of_known_networks(name: str, expected: list[str]) -> None:
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    network = _networks.load(name, None)
+    size = network.architecture.size
+    assert _visualize_cli.last_of_each_size(network.model, torch.rand(1, 3, size, size)) == expected
+
+
 def test_in_place_layers_leave_recorded_features_alone() -> None:
     network = _networks.load("torchvision/vgg11", None)
     assert not any(getattr(module, "inplace", False) for module in network.model.modules())
