@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._networks import Architecture, repository
@@ -73,22 +74,29 @@ def read_files(paths: Sequence[str], count: int) -> Images:
     return Images(shown, given, [label for _, label in files])
 
 
-def read_dataset(name: str, data_dir: str | None, indices: Sequence[int], size: int) -> Images:
-    """Test images of one of the trainer's data sets by their place, prepared as the trainer prepares them."""
+def read_dataset(
+    name: str, data_dir: str | None, indices: Sequence[int], file_size: int, size: int | None = None
+) -> Images:
+    """Test images of one of the trainer's data sets by their place, prepared as the trainer prepares them.
+
+    Files are cropped to `file_size`; a given `size` is that of the images shown and given to networks.
+    """
     config_module, data = repository("trainer.config"), repository("trainer.data")
     if config_module is None or data is None:
         raise ValueError("--dataset needs a checkout of the repository (run from its root); use --images")
-    keys = {"student": "-", "dataset": name, "data-dir": data_dir, "image-size": size}
+    keys = {"student": "-", "dataset": name, "data-dir": data_dir, "image-size": file_size}
     dataset = data.load(config_module.make_config(keys), torch.device("cpu"))
     outside = [i for i in indices if not 0 <= i < len(dataset.test)]
     if outside:
         raise ValueError(f"index {outside[0]}: {name} has the test images 0 to {len(dataset.test) - 1}")
     batches = list(dataset.evaluation_batches([slice(i, i + 1) for i in indices]))
     x, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    if size:
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
     pictures = (x * dataset.std[:, None, None] + dataset.mean[:, None, None]) / 255
     classes = _class_names(name, data_dir, dataset)
     labels = [classes[target] if classes else f"class {target}" for target in targets.tolist()]
-    return Images(lambda size: pictures, lambda architecture: x, labels, targets, classes)
+    return Images(lambda side: pictures, lambda architecture: x, labels, targets, classes)
 
 
 def _class_names(name: str, data_dir: str | None, dataset: Any) -> list[str] | None:

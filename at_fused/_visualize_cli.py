@@ -70,7 +70,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--titles", nargs="+", metavar="TEXT", help="what to call each network (default: its name)")
     add("--images", nargs="+", metavar="PATH", help="image files and folders")
     add(
-        "--size", type=int, metavar="PIXELS", help="side of the images that networks get (default: their own)"
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the images that networks get (default: their own, or the data set's)",
     )
     add("--count", type=int, default=4, help="images of each folder (default %(default)s)")
     add(
@@ -132,7 +135,9 @@ def _draw(args: argparse.Namespace) -> str:
     networks = _load_networks(args)
     first = next(iter(networks.values()))
     if args.dataset:
-        images = _pictures.read_dataset(args.dataset, args.data_dir, args.indices, first.architecture.size)
+        images = _pictures.read_dataset(
+            args.dataset, args.data_dir, args.indices, first.architecture.size, args.size
+        )
     else:
         images = _pictures.read_files(args.images, args.count)
     classes = Path(args.classes).read_text().splitlines() if args.classes else images.classes

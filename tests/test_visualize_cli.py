@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -219,6 +220,18 @@ def test_size_is_what_networks_get(drawing: Any, folder: Path, weights: Path) ->
     with at_fused.FeatureTaps(model, ["group3"]) as taps, torch.no_grad():
         model(normalised(seen["images"]))
         torch.testing.assert_close(seen["networks"]["wrn-10-1"], taps.features)
+
+
+def test_size_enlarges_the_images_of_a_data_set(drawing: Any, weights: Path) -> None:
+    words = ("--model", "wrn-10-1", "--checkpoint", weights, "--taps", "group1", "--dataset", "digits")
+    own, enlarged = drawing(*words), drawing(*words, "--size", 32)
+    expected = F.interpolate(own["images"], (32, 32), mode="bilinear")
+    torch.testing.assert_close(enlarged["images"], expected, atol=1e-5, rtol=0)
+    model = models.load_pretrained(weights)
+    with at_fused.FeatureTaps(model, ["group1"]) as taps, torch.no_grad():
+        model((255 * expected - 77.8) / 81.1)
+        found = enlarged["networks"]["wrn-10-1"]
+        torch.testing.assert_close(found, taps.features, atol=1e-4, rtol=1e-4)
 
 
 def test_a_network_of_other_classes_is_neither_right_nor_wrong(
