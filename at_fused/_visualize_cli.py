@@ -155,7 +155,7 @@ def _draw(args: argparse.Namespace) -> str:
             j = input_gradient(
                 model, x, seen if targets is None else targets, layer=None if layer == INPUT else layer
             )
-            features[title].append(_channels_first(j))
+            features[title].append(_feature_map(title, f"the gradient at {layer} is", j))
         names[title] = [*taps, *(f"gradient at {layer}" for layer in args.gradient or ())]
         captions[title] = _captions(seen, logits.shape[1], classes, targets)
 
@@ -284,14 +284,15 @@ def _forward(title: str, model: nn.Module, x: Tensor, taps: list[str]) -> tuple[
     """Logits (B, classes) and the features (B, C, h, w) of the tapped modules."""
     with FeatureTaps(model, taps) as recorded:
         logits = _run(model, x)
-        features = []
-        for name, feature in zip(taps, recorded.features, strict=True):
-            if not _is_spatial(feature):
-                raise ValueError(
-                    f"{title}: {name} puts out {tuple(feature.shape)}, which has no image's positions"
-                )
-            features.append(_channels_first(feature))
-    return logits, features
+        pairs = zip(taps, recorded.features, strict=True)
+        return logits, [_feature_map(title, f"{name} puts out", feature) for name, feature in pairs]
+
+
+def _feature_map(title: str, what: str, output: Tensor) -> Tensor:
+    """(B, C, h, w) of a module's output or of a gradient at it."""
+    if not _is_spatial(output):
+        raise ValueError(f"{title}: {what} {tuple(output.shape)}, which has no image's positions")
+    return _channels_first(output)
 
 
 def _run(model: nn.Module, x: Tensor) -> Tensor:

@@ -391,6 +391,7 @@ def test_in_place_layers_leave_recorded_features_alone() -> None:
         ("WRN --taps grop3", "no submodule named 'grop3'; close names: group3"),
         ("WRN --gradient grop3", "no submodule named 'grop3'; close names: group3"),
         ("WRN --taps fc", "fc puts out (3, 10), which has no image's positions"),
+        ("WRN --gradient fc", "the gradient at fc is (3, 10), which has no image's positions"),
         ("--model wrn-10-1 --images nowhere.png", "nowhere.png: no such file"),
         ("--model wrn-10-1 --images FOLDER/notes.txt", "notes.txt: not an image"),
         ("WRN --checkpoint nowhere.pt", "checkpoint nowhere.pt: no such file"),
