@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,8 @@ def _read(architecture: Architecture, path: Path) -> nn.Module:
     heads = {
         len(state[key])
         for key in own.keys() & state.keys()
-        if state[key].shape != own[key].shape and state[key].shape[1:] == own[key].shape[1:]
+        if state[key].shape != own[key].shape
+        and (state[key].ndim, state[key].shape[1:]) == (own[key].ndim, own[key].shape[1:])
     }
     if len(heads) == 1:
         model = architecture.create(heads.pop())
@@ -206,19 +208,24 @@ def _read(architecture: Architecture, path: Path) -> nn.Module:
 
 
 def _state(path: Path) -> dict[str, Tensor]:
-    """The weights in a file, unwrapped from a checkpoint and from DataParallel's prefix."""
+    """The weights in a file, unwrapped from a checkpoint and from wrappers' prefixes."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch each raise their own kinds
+    except OSError as error:
+        raise ValueError(f"checkpoint {path}: {error.strerror or error}") from None
+    except Exception:  # zip, pickle and torch each raise their own kinds
         raise ValueError(
-            f"checkpoint {path} is damaged, or not one of weights alone ({_line(error)})"
+            f"checkpoint {path} is damaged, truncated or not a checkpoint of weights alone"
         ) from None
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict") * 2:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    tensors = isinstance(content, Mapping) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    )
+    if not tensors:
         raise ValueError(f"checkpoint {path} holds no model weights")
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in content.items()}
 
 
 def _line(error: Exception) -> str:

@@ -260,7 +260,8 @@ def test_a_torchvision_checkpoint_sets_the_number_of_classes(
 
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=7).eval()
-    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "c.pt")
+    state = {f"_orig_mod.module.{k}": v for k, v in model.state_dict().items()}
+    torch.save({"state_dict": {"model": state}}, tmp_path / "c.pt")
     words = ("--model", "torchvision/resnet18", "--checkpoint", tmp_path / "c.pt", "--images", folder)
     seen = drawing(*words, "--taps", "layer4")
     with at_fused.FeatureTaps(model, ["layer4"]) as taps, torch.no_grad():
@@ -268,6 +269,20 @@ def test_a_torchvision_checkpoint_sets_the_number_of_classes(
         torch.testing.assert_close(seen["networks"]["resnet18"], taps.features)
     assert logits.shape == (3, 7)
     assert seen["images"].shape == (3, 3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({0: torch.zeros(1)}, "c.pt holds no model weights"),
+        ({"fc.bias": torch.zeros(())}, "c.pt does not fit resnet18: 121 missing"),
+        (normalised, "c.pt is damaged, truncated or not a checkpoint of weights alone"),
+    ],
+)
+def test_another_file_for_a_torchvision_model(content: Any, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=message):
+        _networks.load("torchvision/resnet18", str(tmp_path / "c.pt"))
 
 
 def test_timm_models(drawing: Any, folder: Path) -> None:
