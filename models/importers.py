@@ -20,6 +20,7 @@ from models.tapped import TappedModel
 from models.wide_resnet import WideResNet
 
 State = dict[str, Tensor]
+WRAPPERS = r"^((module|_orig_mod)\.)+"  # DataParallel's prefix, torch.compile's
 SHOWN = 10  # keys of a kind that an error lists before it counts the rest
 
 
@@ -111,7 +112,7 @@ def find_weights(content: Any) -> State:
     Raises:
         ValueError: there are none.
     """
-    for key in ("model", "state_dict", "params"):
+    for key in ("model", "state_dict", "params") * 2:  # one in the other, in either order
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             stats = content.get("stats") if key == "params" else None
             content = {**content[key], **(stats if isinstance(stats, Mapping) else {})}
@@ -121,9 +122,8 @@ def find_weights(content: Any) -> State:
     if not tensors or not content:
         raise ValueError("holds no model weights")
     state = dict(content)
-    for wrapper in ("module.", "_orig_mod."):  # DataParallel's, torch.compile's
-        if all(key.startswith(wrapper) for key in state):
-            state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    if all(re.match(WRAPPERS, key) for key in state):
+        state = {re.sub(WRAPPERS, "", key): value for key, value in state.items()}
     if any(key.startswith("student.") for key in state):
         own = {key.removeprefix("student."): value for key, value in state.items()}
         state = {key: value for key, value in own.items() if not key.startswith("teacher.")}

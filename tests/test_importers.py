@@ -188,9 +188,16 @@ def test_own_weights_come_back(name: str, tmp_path: Path) -> None:
 
 def test_prefixes_of_wrappers_are_dropped(tmp_path: Path) -> None:
     model = models.create("wrn-10-1").eval()
-    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."):
         torch.save({prefix + key: value for key, value in model.state_dict().items()}, tmp_path / "w.pt")
         assert torch.equal(models.load_pretrained(tmp_path / "w.pt").state_dict()["bn.bias"], model.bn.bias)
+
+
+@pytest.mark.parametrize("outer", ["model", "state_dict"])
+@pytest.mark.parametrize("inner", ["model", "state_dict", "params"])
+def test_weights_are_found_in_nested_checkpoints(outer: str, inner: str) -> None:
+    state = models.create("wrn-10-1").state_dict()
+    assert find_weights({"epoch": 3, outer: {"epoch": 3, inner: dict(state)}}).keys() == state.keys()
 
 
 # --- refusals -----------------------------------------------------------------------------------------
