@@ -24,7 +24,7 @@ SCALES = ("own", "group")
 
 # Inches: the width of a picture, the gaps within and between groups, a line of text, the margins.
 _CELL, _GAP, _GROUP_GAP, _LINE = 1.2, 0.07, 0.2, 0.14
-_LEFT, _RIGHT, _EDGE = 1.0, 0.75, 0.1
+_LEFT, _RIGHT, _EDGE = 1.0, 0.85, 0.1
 _SMALL, _NORMAL = 7, 8.5  # points
 _CHARACTER = 0.08  # inches, the average of _NORMAL
 _OPACITY = 0.6  # of a map over its image
@@ -79,13 +79,16 @@ def attention_grid(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: shapes or numbers of images, groups, labels or captions that do not fit together, several
-            exponents of ready maps, or an unknown option.
+        TypeError: images of another dtype.
+        ValueError: shapes or numbers of images, groups, labels or captions that do not fit together, no
+            exponent, several exponents of ready maps, or an unknown option.
     """
     figure_class = _figure_class()
     pictures = _pictures(images)
     size = pictures.shape[1:3]
     exponents = tuple(p) if isinstance(p, Sequence) else (p,)
+    if not exponents:
+        raise ValueError("p must be an exponent or several, got none")
     maps = {
         (name, exponent): _maps(name, features, len(images), exponent, mapping, len(exponents) > 1)
         for name, features in networks.items()
@@ -136,12 +139,14 @@ def attention_grid(
             axes.imshow(pictures[image], cmap="gray", vmin=0, vmax=1)
             if labels is not None:
                 label = _wrapped(labels[image], _LEFT)
-                axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=_NORMAL)
+                axes.set_ylabel(
+                    label, rotation=0, ha="right", va="center", fontsize=_NORMAL, parse_math=False
+                )
         for index, left in enumerate(lefts):
             cells = {key: _enlarged(levels[index][image], size) for key, levels in maps.items()}
             largest = max(cell.max() for cell in cells.values())
             for place, column in enumerate(columns):
-                name, exponent = (only, column) if only else (column, exponents[0])
+                name, exponent = (column, exponents[0]) if only is None else (only, column)
                 cell = cells[name, exponent]
                 axes = page.axes(left + place * (_CELL + _GAP), y, _CELL, height)
                 if overlay:
@@ -153,10 +158,10 @@ def attention_grid(
                     vmax=1,
                     alpha=_OPACITY if overlay else None,
                 )
-                if place == 0 and index == 0 and only:
-                    axes.set_ylabel(names[only], fontsize=_NORMAL, labelpad=2)
-                if name in captions and index == 0 and (place == 0 or not only):
-                    axes.set_title(captions[name][image], fontsize=_SMALL, pad=2)
+                if place == 0 and index == 0 and only is not None:
+                    axes.set_ylabel(names[only], fontsize=_NORMAL, labelpad=2, parse_math=False)
+                if name in captions and index == 0 and (place == 0 or only is None):
+                    axes.set_title(captions[name][image], fontsize=_SMALL, pad=2, parse_math=False)
                 if compare_to not in (None, name):
                     similarity = _similarity(
                         maps[name, exponent][index][image], maps[str(compare_to), exponent][index][image]
@@ -195,7 +200,7 @@ class _Page:
 
     def text(self, middle: float, bottom: float, text: str, points: float) -> None:
         x, y = middle / self.width, 1 - (bottom - 0.2 * _LINE) / self.height
-        self.figure.text(x, y, text, ha="center", va="bottom", fontsize=points)
+        self.figure.text(x, y, text, ha="center", va="bottom", fontsize=points, parse_math=False)
 
 
 def _wrapped(text: str, inches: float) -> str:
@@ -225,6 +230,8 @@ def _pictures(images: Tensor) -> Any:
     """(B, 1 or 3, H, W) as an array (B, H, W) or (B, H, W, 3) in 0..1."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
         raise ValueError(f"images must be (B, 1 or 3, H, W) with B >= 1, got {tuple(images.shape)}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
     images = images.detach().cpu()
     images = images / 255 if images.dtype == torch.uint8 else images.float().clamp(0, 1)
     return images.permute(0, 2, 3, 1).squeeze(-1).numpy()

@@ -145,12 +145,13 @@ def test_long_texts_stay_inside_and_apart(images: Tensor, networks: Networks, p:
     captions = {name: ["German short-haired pointer, retriever"] * 2 for name in long}
     labels = ["an_unbroken_name_of_a_file_123", "a name in several words, all short"]
     groups = ["features.transition1.convolution", "features.transition2.convolution"]
-    compare_to = next(iter(long))
+    first = next(iter(long))
     figure = attention_grid(
-        images, long, p=p, labels=labels, captions=captions, groups=groups, compare_to=compare_to
+        images, long, p=p, labels=labels, captions=captions, groups=groups, compare_to=first, scale="group"
     )
     figure.savefig(io.BytesIO(), format="png")
     artists = [*figure.texts, *(t for a in figure.axes for t in (a.title, a.xaxis.label, a.yaxis.label))]
+    artists += figure.axes[-1].get_yticklabels()  # of the colour bar
     artists = [text for text in artists if text.get_text()] + drawn(figure)
     boxes = [artist.get_window_extent().padded(-1.5) for artist in artists]  # pixels: they may touch
     page = figure.bbox
@@ -204,6 +205,19 @@ def test_a_map_of_zeros_is_drawn_as_zeros(images: Tensor) -> None:
     assert np.array_equal(axes[1].images[0].get_array(), np.zeros((12, 16)))
 
 
+@pytest.mark.parametrize("p", [2, [1, 2]])
+def test_texts_are_taken_as_they_are(images: Tensor, networks: Networks, p: float | list[float]) -> None:
+    """No formulas in them, and a network may be called ""."""
+    texts = ["$5 $", "$\\frac$"]
+    named = {"$_{$": networks["student"], "": networks["teacher"]}
+    captions = dict.fromkeys(named, texts)
+    figure = attention_grid(images, named, groups=texts, labels=texts, captions=captions, p=p)
+    figure.savefig(io.BytesIO(), format="png")
+    assert not any(text.get_parse_math() for text in figure.texts)
+    titles = [cell.get_title() for cell in drawn(figure)]
+    assert titles.count(texts[0]) == titles.count(texts[1]) == len(named)
+
+
 def test_saves_a_png(images: Tensor, networks: Networks) -> None:
     file = io.BytesIO()
     attention_grid(images, networks, labels=["a", "b"], compare_to="teacher").savefig(file, format="png")
@@ -226,6 +240,7 @@ def test_saves_a_png(images: Tensor, networks: Networks) -> None:
         ({"compare_to": "techer"}, "techer.*student.*teacher"),
         ({"captions": {"techer": ["a", "b"]}}, "techer.*student.*teacher"),
         ({"captions": {"teacher": ["a"]}}, "1 captions of teacher for 2 images"),
+        ({"p": []}, "p must be .*, got none"),
         ({"scale": "all"}, "own.*group.*'all'"),
         ({"networks": {"a": [torch.rand(2, 4, 4)]}, "p": [1, 2]}, r"a, group 0: several p .*\(2, 4, 4\)"),
     ],
@@ -236,6 +251,11 @@ def test_refuses_what_does_not_fit(
     arguments: dict[str, object] = {"images": images, "networks": networks} | change
     with pytest.raises(ValueError, match=message):
         attention_grid(**arguments)  # type: ignore[arg-type]
+
+
+def test_refuses_wide_integers(images: Tensor, networks: Networks) -> None:
+    with pytest.raises(TypeError, match=r"uint8 or floating point, got torch\.int64"):
+        attention_grid((255 * images).long(), networks)
 
 
 def test_matplotlib_is_imported_only_to_draw() -> None:
