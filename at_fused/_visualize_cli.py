@@ -186,7 +186,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--count, --levels and --size must be at least 1")
     if args.gradient == []:
         args.gradient = [INPUT]
-    known = ("colour map", args.colours, _colour_maps()), ("--out ending", args.out.suffix[1:], _formats())
+    known = (
+        ("colour map", args.colours, _colour_maps()),
+        ("--out ending", args.out.suffix[1:].lower(), _formats()),
+    )
     for what, value, allowed in known:
         if value not in allowed:
             raise ValueError(f"unknown {what} {value!r}{_close(value, allowed)}")

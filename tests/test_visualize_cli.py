@@ -468,8 +468,8 @@ def test_without_the_repository_there_is_no_zoo(folder: Path, tmp_path: Path) ->
 
 def test_runs_as_a_module(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "at_fused.visualize", "--model", "wrn-10-1", "--images", folder, "--out"]
-    good = subprocess.run([*command, tmp_path / "x.svg"], cwd=ROOT, capture_output=True, text=True)
+    good = subprocess.run([*command, tmp_path / "X.SVG"], cwd=ROOT, capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
-    assert "<svg" in (tmp_path / "x.svg").read_text()
+    assert "<svg" in (tmp_path / "X.SVG").read_text()
     bad = subprocess.run([*command, tmp_path / "x.txt"], cwd=ROOT, capture_output=True, text=True)
     assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
