@@ -85,7 +85,8 @@ def load_state(model: nn.Module, state: State) -> None:
     """Load weights of any known naming into `model`; the counts of BatchNorm's batches may be missing.
 
     Raises:
-        ValueError: lists missing and unexpected keys, as the file calls them, and shapes that differ.
+        ValueError: lists missing and unexpected keys, as the file calls them, shapes that differ and tensors
+            that are sparse.
     """
     naming = _naming(state) if isinstance(model, WideResNet) else ZOO
     own = {naming.key(key): (key, tensor) for key, tensor in model.state_dict().items()}
@@ -97,7 +98,8 @@ def load_state(model: nn.Module, state: State) -> None:
         if state[key].shape != own[key][1].shape
     ]
     unexpected = state.keys() - own.keys()
-    kinds = (("missing", missing), ("unexpected", unexpected), ("shapes", shapes))
+    sparse = [key for key in shared if state[key].layout != torch.strided]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("shapes", shapes), ("sparse", sparse))
     problems = [_listed(kind, keys) for kind, keys in kinds if keys]
     if problems:
         raise ValueError(f"read as {naming.name}: {'; '.join(problems)}")
@@ -138,18 +140,19 @@ def _name(state: State) -> str:
     """The zoo's name of the architecture that has these weights."""
     naming = _naming(state)
     blocks = [int(match[1]) for key in state if (match := re.match(naming.block, key))]
-    first = state.get(naming.key("group1.0.conv1.weight"))
-    if blocks and first is not None:
-        return f"wrn-{6 * (max(blocks) + 1) + 4}-{len(first) // 16}"
+    convs = [naming.key(f"group1.0.conv{i}.weight") for i in (1, 2)]  # one of them may be missing
+    widths = [len(state[key]) // 16 for key in convs if key in state and state[key].ndim]
+    if blocks and widths:
+        return f"wrn-{6 * (max(blocks) + 1) + 4}-{widths[0]}"
     if "block1.conv1.weight" in state:
         raise ValueError("the weights of a NIN do not tell which it is: name it")
     from models.resnet import BLOCKS, Bottleneck  # torchvision takes seconds to import
 
     layers = [{m[1] for key in state if (m := re.match(rf"layer{i}\.(\d+)\.", key))} for i in range(1, 5)]
     counts = [len(layer) for layer in layers]
-    convs = 3 if "layer1.0.conv3.weight" in state else 2
+    bottleneck = any(re.match(r"layer\d\.\d+\.conv3\.", key) for key in state)
     for depth, (block, expected) in BLOCKS.items():
-        if counts == expected and convs == (3 if block is Bottleneck else 2):
+        if counts == expected and bottleneck == (block is Bottleneck):
             return f"resnet-{depth}"
     raise ValueError(f"its {len(state)} keys are of no known model, such as: {', '.join(sorted(state)[:3])}")
 

@@ -229,6 +229,25 @@ def test_partial_files_are_refused_by_their_own_keys(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("wrn-16-2", "group1.0.conv1.weight"),
+        ("resnet-50", "layer1.0.conv3.weight"),
+    ],
+)
+def test_the_one_missing_key_is_told(name: str, key: str, tmp_path: Path) -> None:
+    state = models.create(name).state_dict()
+    del state[key]
+    assert refusal(state, tmp_path).endswith(f"read as a model of the zoo: 1 missing: {key}")
+
+
+def test_scalars_and_sparse_tensors_are_refused(tmp_path: Path) -> None:
+    state, key = models.create("wrn-10-1").state_dict(), "group1.0.conv1.weight"
+    assert f"1 shapes: {key} is (), not (16, 16, 3, 3)" in refusal(state | {key: torch.zeros(())}, tmp_path)
+    assert f"1 sparse: {key}" in refusal(state | {key: state[key].to_sparse()}, tmp_path)
+
+
 def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
     text = refusal(authors_weights(1, 1), tmp_path, "wrn-40-1")
     assert "missing: " in text
