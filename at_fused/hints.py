@@ -30,7 +30,8 @@ class FeatureHints(nn.Module):
 
     Shape:
         forward(s_feats, t_feats): one tensor (B, C, H, W) or a sequence of them on each side, fp64, fp32,
-        bf16 or fp16 -> scalar in fp32 (fp64 if a feature is fp64). An empty batch gives 0.
+        bf16 or fp16, whatever the regressors' dtype -> scalar in fp32 (fp64 if a feature or a regressor is
+        fp64). A regressor computes in its own dtype, or in autocast's. An empty batch gives 0.
 
     Raises:
         TypeError: channels that are not integers, features that are not floating-point tensors.
@@ -63,7 +64,7 @@ class FeatureHints(nn.Module):
         losses = []
         for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
             self._check(index, student, teacher)
-            losses.append(_distance(self.regressors[index](student), teacher))
+            losses.append(_distance(_regressed(self.regressors[index], student), teacher))
         return torch.stack(losses).sum()
 
     def _check(self, index: int, student: Tensor, teacher: Tensor) -> None:
@@ -78,6 +79,13 @@ class FeatureHints(nn.Module):
             raise ValueError(f"{pair} must have {expected[0]} and {expected[1]} channels")
         if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
             raise ValueError(f"{pair} must have the same batch and spatial sizes")
+
+
+def _regressed(regressor: nn.Module, student: Tensor) -> Tensor:
+    if not isinstance(regressor, nn.Conv2d) or torch.is_autocast_enabled(student.device.type):
+        return regressor(student)
+    projected = regressor(student.to(regressor.weight.dtype))
+    return projected.to(torch.promote_types(projected.dtype, student.dtype))
 
 
 def _distance(student: Tensor, teacher: Tensor) -> Tensor:

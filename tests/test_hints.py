@@ -93,6 +93,22 @@ def test_extreme_activations_give_no_nan() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("own", [torch.float32, torch.float64], ids=name_of)
+def test_features_of_another_dtype_than_the_regressors(dtype: torch.dtype, own: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hints = at_fused.FeatureHints(4, 6).to(own)
+    s, t = feature(2, 4, 3, 3, dtype=dtype), feature(2, 6, 3, 3, seed=1).detach()
+    loss = hints(s, t)
+    assert loss.dtype == (torch.float64 if torch.float64 in (dtype, own) else torch.float32)
+    loss.backward()
+    exactly = s.detach().double().requires_grad_()
+    hints.double()(exactly, t).backward()
+    assert s.grad is not None
+    assert s.grad.dtype == dtype
+    torch.testing.assert_close(s.grad, exactly.grad.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)  # type: ignore[union-attr]
+
+
 def test_under_autocast() -> None:
     torch.manual_seed(0)
     hints = at_fused.FeatureHints(4, 6)
