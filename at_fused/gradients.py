@@ -44,7 +44,8 @@ def input_gradient(
     Args:
         model: maps `x` to logits (B, n_classes).
         x: floating point, (B, ...), such as images (B, C, H, W).
-        targets: class indices (B,) int64, or class probabilities (B, n_classes).
+        targets: class indices (B,) int64, or class probabilities (B, n_classes). A sample of index -100, the
+            `ignore_index` of cross-entropy, has no loss: its J is 0.
         create_graph: keep the graph, so that J can be differentiated again.
         layer: name of a submodule (as in `model.named_modules()`): the gradient at its output instead.
         batch_norm: "batch", "running" or "update": what BatchNorm does in this pass; see the module's text.
@@ -54,7 +55,8 @@ def input_gradient(
 
     Raises:
         TypeError: `x` is not a floating-point tensor, or targets or the layer's output have a wrong type.
-        ValueError: batch sizes or shapes that do not fit, an unknown layer or option.
+        ValueError: batch sizes or shapes that do not fit, an unknown layer or option; on the CPU (a GPU would
+            have to be waited for) a class index that is out of range.
     """
     return _gradient(model, x, targets, create_graph, layer, batch_norm)[0]
 
@@ -162,10 +164,20 @@ def _gradient(
             )
         # Outside autocast: backward follows the dtypes that forward has chosen.
         with torch.autocast(x.device.type, enabled=False):
-            wide = logits.to(accumulation_dtype(logits.dtype))
-            loss = F.cross_entropy(wide, targets, reduction="sum")
+            loss = _cross_entropy(logits, targets)
             (j,) = torch.autograd.grad(loss, at, create_graph=create_graph)
     return j, logits
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum over the batch."""
+    shapes = f"targets {_kind(targets)} do not fit logits {tuple(logits.shape)}"
+    if targets.shape != (logits.shape if targets.is_floating_point() else logits.shape[:1]):
+        raise ValueError(f"{shapes}: expected int64 (B,) or probabilities (B, n_classes)")
+    try:
+        return F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), targets, reduction="sum")
+    except IndexError:
+        raise ValueError(f"{shapes}: expected classes from 0 to {logits.shape[1] - 1}") from None
 
 
 def _forward(model: nn.Module, x: Tensor, layer: str | None, batch_norm: str) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,12 @@ def test_j_is_each_samples_own_derivative(model: Smooth, x: Tensor) -> None:
             )
 
 
+def test_an_ignored_sample_has_no_gradient(model: Smooth, x: Tensor) -> None:
+    j = at_fused.input_gradient(model.eval(), x, Y)
+    j[2] = 0
+    torch.testing.assert_close(at_fused.input_gradient(model, x, torch.tensor([2, 0, -100, 1])), j)
+
+
 def test_targets_may_be_probabilities(model: Smooth, x: Tensor) -> None:
     soft = torch.rand(4, 3, dtype=torch.float64).softmax(1)
     j = at_fused.input_gradient(model.eval(), x, soft)
@@ -409,6 +415,15 @@ def test_dtypes(model: Smooth, x: Tensor) -> None:
         (lambda m, x: at_fused.input_gradient(lambda x: x, x, Y), TypeError, "torch.nn.Module"),
         (lambda m, x: at_fused.input_gradient(m, x, Y.int()), TypeError, "int32 (4,)"),
         (lambda m, x: at_fused.input_gradient(m, x, Y[:3]), ValueError, "(4, 2, 5, 6) and targets (3,)"),
+        (
+            lambda m, x: at_fused.input_gradient(m, x, Y[:, None]),
+            ValueError,
+            "(4, 1) do not fit logits (4, 3)",
+        ),
+        (lambda m, x: at_fused.input_gradient(m, x, Y.double()), ValueError, "float64 (4,) do not fit"),
+        (lambda m, x: at_fused.input_gradient(m, x, torch.rand(4, 5)), ValueError, "(4, 5) do not fit"),
+        (lambda m, x: at_fused.input_gradient(m, x, Y + 1), ValueError, "expected classes from 0 to 2"),
+        (lambda m, x: at_fused.symmetry_loss(m, x, Y - 1), ValueError, "int64 (4,) do not fit logits (4, 3)"),
         (lambda m, x: at_fused.input_gradient(m.conv, x, Y), ValueError, "got float64 (4, 4, 5, 6)"),
         (lambda m, x: at_fused.input_gradient(m, x, Y, batch_norm="eval"), ValueError, "'eval'"),
         (lambda m, x: at_fused.input_gradient(m, x, Y, layer="convs"), ValueError, "close names: conv"),
