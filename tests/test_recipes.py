@@ -12,7 +12,7 @@ import yaml
 import models
 import train
 from benchmarks.paper_plan import LABELS, TABLES, Plan
-from trainer.config import Config, load_recipe, make_config, parse_args
+from trainer.config import Config, ConfigError, load_recipe, make_config, parse_args
 from trainer.objectives import tap_names
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -53,6 +53,15 @@ def test_every_recipe_resolves_and_names_what_exists(path: Path) -> None:
     for name in config.freeze:
         student.get_submodule(name)
     assert (config.teacher is not None) == config.needs_teacher
+
+
+def test_taps_that_one_network_lacks_are_refused() -> None:
+    nets = {name: models.create(name, 10) for name in ("nin-thin", "wrn-10-2")}
+    keys = {"dataset": "digits", "method": "at", "teacher-checkpoint": "t", "taps": "convs"}
+    for student, teacher in (("nin-thin", "wrn-10-2"), ("wrn-10-2", "nin-thin")):
+        config = make_config(keys | {"student": student, "teacher": teacher})
+        with pytest.raises(ConfigError, match=r"^taps convs: .*wrn-10-2 (has )?0.*; name the modules"):
+            tap_names(config, nets[student], nets[teacher])
 
 
 def test_incomplete_recipes_are_bases_or_schedules() -> None:

@@ -118,8 +118,8 @@ class Objective:
 
 def tap_names(config: Config, student: TappedModel, teacher: TappedModel) -> tuple[list[str], list[str]]:
     """Names of the features that AT compares, of the student and of the teacher, in pairs."""
-    if isinstance(config.taps, str) and config.taps in student.taps:
-        students, teachers = student.taps[config.taps], teacher.taps[config.taps]
+    if isinstance(config.taps, str) and config.taps in student.taps.keys() | teacher.taps.keys():
+        students, teachers = (model.taps.get(config.taps, []) for model in (student, teacher))
         if len(students) != len(teachers):
             raise ConfigError(
                 f"taps {config.taps}: {config.student} has {len(students)} and {config.teacher} "
