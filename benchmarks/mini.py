@@ -20,11 +20,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks import paper_runs
 from benchmarks.command_line import Parser, absolute, positive
-from benchmarks.paper_plan import RECIPES, Job
+from benchmarks.paper_plan import RECIPES, Job, with_epochs
 from trainer.config import ConfigError, load_recipe, make_config
 
 # What Imagenette's folders hold: names for the pictures. Others are called as their folders.
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(argv)
         pretraining, finetuning = split(args.data_dir, args.out / "data")
-        runs = plan(args.out, pretraining, finetuning, {"epochs": args.epochs} if args.epochs else {})
+        runs = plan(args.out, pretraining, finetuning, args.epochs)
         # The student that Table 4 starts from is one of the first, so these may go side by side.
         first = [*runs.table5.values(), runs.table4["teacher"]]
         for jobs in (first, list(runs.table4.values())):
@@ -108,11 +107,13 @@ def split(data_dir: Path, out: Path) -> tuple[Path, Path]:
     return parts
 
 
-def plan(out: Path, pretraining: Path, finetuning: Path, keys: dict[str, Any]) -> Runs:
-    """The trainings, with `keys` over their recipes."""
+def plan(out: Path, pretraining: Path, finetuning: Path, epochs: int | None = None) -> Runs:
+    """The trainings, in the recipes' epochs or `epochs`."""
 
     def job(recipe: str, data: Path, pretrained: Job | None = None, teacher: Job | None = None) -> Job:
-        own = load_recipe(RECIPES / "mini" / f"{recipe}.yaml") | keys
+        own = load_recipe(RECIPES / "mini" / f"{recipe}.yaml")
+        if epochs is not None:
+            own = with_epochs(own, epochs)
         own |= {"data-dir": str(data), "output-dir": str(out / recipe), "threads": 1}
         for key, source in (("pretrained", pretrained), ("teacher-checkpoint", teacher)):
             if source:
@@ -140,7 +141,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data-dir", required=True, type=absolute, metavar="DIR", help="the images")
     add("--out", required=True, type=absolute, metavar="DIR", help="where runs and results go")
-    add("--epochs", type=positive, metavar="N", help="instead of the recipes'")
+    add("--epochs", type=positive, metavar="N", help="instead of the recipes'; at-start-epoch in proportion")
     add(
         "--jobs",
         type=positive,

@@ -182,9 +182,9 @@ class Plan:
         keys = load_recipe(RECIPES / f"{recipe}.yaml")
         if self.schedule != "paper":
             keys |= load_recipe(_overlay(self.schedule, recipe))
-        keys |= self.keys
         if self.epochs is not None:
-            keys["epochs"] = self.epochs
+            keys = with_epochs(keys, self.epochs)
+        keys |= self.keys
         name = f"{recipe}/seed{seed}"
         keys |= {"seed": seed, "threads": self.threads, "output-dir": str(self.folder / name)}
         keys["data-dir"] = str(self.data_dir / cell.get("folder", ""))
@@ -198,6 +198,14 @@ class Plan:
             return Job(name, make_config(keys), teacher)
         except ConfigError as error:
             raise ConfigError(f"{self.table} can't run: recipes/{recipe}.yaml: {error}") from None
+
+
+def with_epochs(keys: Mapping[str, Any], epochs: int) -> dict[str, Any]:
+    """A recipe's keys with other epochs: the transfer term starts after the same share of them."""
+    keys = dict(keys)
+    if start := keys.get("at-start-epoch"):
+        keys["at-start-epoch"] = start * epochs // keys["epochs"]
+    return keys | {"epochs": epochs}
 
 
 def _overlay(schedule: str, recipe: str) -> Path:

@@ -164,6 +164,10 @@ AT = {"teacher": "wrn-10-2", "teacher-checkpoint": "t.pt"}
         ({"beta-schedule": "bumpy"}, ["beta-schedule: ", "'bumpy'"]),
         ({"backend": "abacus"}, ["backend abacus", "reference"]),
         ({**AT, "method": "at", "beta-schedule": "step"}, ["beta-milestones"]),
+        (
+            {"method": "min-l2", "epochs": 9, "at-start-epoch": 9},
+            ["at-start-epoch 9 is beyond the last of 9"],
+        ),
         ({"epochs": 0, "lr": -1}, ["epochs: ", "lr: "]),
     ],
 )
@@ -203,6 +207,11 @@ def test_beta_is_each_methods_own_unless_given() -> None:
     for method in ("hints", "symmetry"):
         assert config(**AT, method=method, beta=7).beta == 7
         assert config(**AT, method=method, beta="null").beta == config(**AT, method=method).beta
+
+
+def test_a_method_without_beta_has_no_start() -> None:
+    assert config(epochs=9, at_start_epoch=9).at_start_epoch == 9
+    assert config(method="min-l2", epochs=9, at_start_epoch=8).at_start_epoch == 8
 
 
 def test_beta_decays_beside_distillation_and_for_hints() -> None:

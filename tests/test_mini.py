@@ -54,7 +54,7 @@ def test_ten_classes_are_six_and_four(tmp_path: Path) -> None:
 
 
 def test_weights_come_from_where_they_should(tmp_path: Path) -> None:
-    runs = mini.plan(tmp_path, tmp_path / "first", tmp_path / "second", {"epochs": 2})
+    runs = mini.plan(tmp_path, tmp_path / "first", tmp_path / "second", epochs=2)
     teacher, student = (tmp_path / f"table5/{name}/model.pt" for name in ("teacher", "student"))
     tuned = tmp_path / "table4/teacher/model.pt"
     expected: dict[str, dict[str, tuple[Path | bool, Path | None]]] = {
@@ -74,6 +74,7 @@ def test_weights_come_from_where_they_should(tmp_path: Path) -> None:
             assert (job.config.data_dir, job.config.epochs) == (tmp_path / data, 2)
             assert job.config.student == ("resnet-34" if name == "teacher" else "resnet-18")
             assert job.config.freeze_bn == (table == "table4")
+    assert runs.table5["at"].config.at_start_epoch == 1  # as 6 of 10
 
 
 def broken(tmp_path: Path, fault: str) -> list[str]:

@@ -122,6 +122,13 @@ def test_columns_choose_variants_and_keep_their_teacher(tmp_path: Path) -> None:
     ]
 
 
+def test_the_transfer_term_starts_after_the_same_share_of_fewer_epochs(tmp_path: Path) -> None:
+    for epochs, start in ((None, 60), (30, 18), (1, 0)):
+        chosen = plan(tmp_path, "table5", schedule="paper", columns=["at", "at-code"], epochs=epochs)
+        starts = {cell.column: cell.jobs[0].config.at_start_epoch for cell in chosen.cells}
+        assert starts == {"at": start, "at-code": 0}
+
+
 def test_keys_of_every_run(tmp_path: Path) -> None:
     words = "table1 --data-dir d --out o --set amp=bf16 channels-last=true compile=true --jobs 2"
     keys = dict(paper._parse(words.split()).set)

@@ -230,6 +230,10 @@ class Config(BaseModel):
             object.__setattr__(self, "beta_schedule", "linear" if decays else "constant")
         if self.beta_schedule == "step" and self.uses_beta and not self.beta_milestones:
             raise ValueError("beta-schedule step needs beta-milestones")
+        if self.uses_beta and self.at_start_epoch >= self.epochs:
+            raise ValueError(
+                f"at-start-epoch {self.at_start_epoch} is beyond the last of {self.epochs} epochs"
+            )
         if self.uses_gradients:
             for chosen, what in (
                 (self.compile, "compile: torch.compile cannot differentiate twice"),
