@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from trainer import checkpoint
 from trainer.config import Config, ConfigError, differing_keys, load_recipe, make_config
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -35,12 +36,20 @@ class Job:
     def summary(self) -> dict[str, Any] | None:
         """Results, if the run is finished; a folder that holds another run raises ConfigError."""
         try:
-            keys = differing_keys(self.stored_config(), self.config)
+            stored = self.stored_config()
+            keys = differing_keys(stored, self.config)
             if keys:
                 raise ConfigError(f"{self.folder} holds a different run: {', '.join(keys)} differ")
-            return dict(json.loads((self.folder / "summary.json").read_text()))
+            summary = dict(json.loads((self.folder / "summary.json").read_text()))
         except FileNotFoundError:
             return None
+        long_enough = _long_enough(stored, summary["epochs"], self.config) or self._has_every_epoch()
+        return summary if long_enough else None
+
+    def _has_every_epoch(self) -> bool:
+        """Only the checkpoint knows it of a run with max-steps, which may have ended its last epoch early."""
+        found = checkpoint.load_latest(self.folder)
+        return found is not None and len(found[0]["progress"]["history"]) == self.config.epochs
 
     def stored_config(self) -> dict[str, Any]:
         """The resolved configuration that the run itself has written."""
@@ -154,7 +163,9 @@ class Plan:
         config = dict(run["config"])
         if config["teacher-checkpoint"]:  # relative to the folder that the file described
             config["teacher-checkpoint"] = str((self.folder / config["teacher-checkpoint"]).resolve())
-        return None if differing_keys(config, job.config) else run
+        if differing_keys(config, job.config) or not _long_enough(config, len(run["test_error"]), job.config):
+            return None
+        return run
 
     @cached_property
     def _known_runs(self) -> dict[str, dict[str, Any]]:
@@ -198,6 +209,14 @@ class Plan:
             return Job(name, make_config(keys), teacher)
         except ConfigError as error:
             raise ConfigError(f"{self.table} can't run: recipes/{recipe}.yaml: {error}") from None
+
+
+def _long_enough(stored: Mapping[str, Any], epochs: int, wanted: Config) -> bool:
+    """Whether a finished run, of so many (begun) epochs, is known to be as long as `wanted`."""
+    steps = stored.get("max-steps")
+    if steps is None:
+        return epochs == wanted.epochs
+    return wanted.max_steps is not None and steps >= wanted.max_steps
 
 
 def with_epochs(keys: Mapping[str, Any], epochs: int) -> dict[str, Any]:

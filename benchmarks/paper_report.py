@@ -178,5 +178,5 @@ def curves(result: Entry) -> bytes:
 
 
 def _medians(runs: Sequence[Entry], key: str) -> list[float]:
-    """Epoch by epoch, the median over runs."""
-    return [median(values) for values in zip(*(run[key] for run in runs), strict=True)]
+    """Epoch by epoch, the median over runs, as far as all of them go (max-steps may differ)."""
+    return [median(values) for values in zip(*(run[key] for run in runs), strict=False)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import paper, paper_plan, paper_report, paper_runs
 from benchmarks.paper_plan import Job, Plan
@@ -27,8 +28,9 @@ def plan(out: Path, table: str = "table1", **options: Any) -> Plan:
     return Plan(table, options.pop("schedule"), out, out / "data", **options)
 
 
-def finish(job: Job, error: float, epochs: int = 2, **summary: float) -> None:
-    """A run as train.py would leave it; its error falls to `error` and rises by 1 in the last epoch."""
+def finish(job: Job, error: float, **summary: float) -> None:
+    """A run as train.py would leave it; its error falls to `error` and stays there in the last epoch."""
+    epochs = job.config.epochs
     job.folder.mkdir(parents=True)
     (job.folder / "config.yaml").write_text(job.config.to_yaml())
     history = [
@@ -37,7 +39,7 @@ def finish(job: Job, error: float, epochs: int = 2, **summary: float) -> None:
     history.append({"seconds": 3.0, "test_error": error, "train_error": 4.0})
     (job.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
     (job.folder / "summary.json").write_text(
-        json.dumps({"last_test_error": error, "best_test_error": error - 1} | summary)
+        json.dumps({"last_test_error": error, "best_test_error": error - 1, "epochs": epochs} | summary)
     )
 
 
@@ -176,8 +178,8 @@ def test_finished_runs_are_kept_and_tabled(tmp_path: Path, capsys: pytest.Captur
     (at,) = (cell for cell in result["cells"] if cell["column"] == "at")
     assert [run["last_test_error"] for run in at["runs"]] == [11.0, 11.4]
     assert [run["seed"] for run in at["runs"]] == [0, 1]
-    assert at["runs"][0]["seconds"] == 6.0
-    assert at["runs"][0]["train_error"] == [5.0, 4.0]
+    assert at["runs"][0]["seconds"] == 12 * 3.0
+    assert at["runs"][0]["train_error"] == [5.0] * 11 + [4.0]
     config = at["runs"][1]["config"]
     assert (config["method"], config["beta"], config["seed"], config["lr"]) == ("at", 1000.0, 1, 0.2)
     assert config["teacher-checkpoint"] == f"{TEACHER}/model.pt"
@@ -207,6 +209,27 @@ def test_known_runs_are_not_trained_again(tmp_path: Path) -> None:
     given = tmp_path / "t.pt"
     own_teacher = plan(tmp_path / "second", columns=["at"], known=known, teacher_checkpoint=given)
     assert len(own_teacher.jobs) == 2  # another teacher's students are other runs
+
+
+def test_a_run_that_max_steps_cut_short_is_not_finished(tmp_path: Path) -> None:
+    """Not even in its last epoch; it is for a plan that asks for no more steps."""
+
+    def chosen(out: str, steps: int | None, **options: Any) -> Plan:
+        keys = {"max-steps": str(steps)} if steps else {}
+        return plan(tmp_path / out, columns=["student"], seeds=1, keys=keys, **options)
+
+    cut = chosen("own", 5)
+    (job,) = cut.jobs
+    finish(job, 10.0)
+    paper_report.write(cut)
+    known = [cut.folder / "table1.json"]
+    for steps, kept in ((5, True), (3, True), (7, False), (None, False)):
+        assert (chosen("own", steps).jobs[0].summary() is not None) is kept
+        assert (chosen("other", steps, known=known).jobs == []) is kept
+    torch.save({"progress": {"history": [{}] * 12}}, job.folder / "checkpoint.pt")  # 5 steps were enough
+    assert chosen("own", None).jobs[0].summary()
+    finish(chosen("whole", None).jobs[0], 10.0)
+    assert chosen("whole", 5).jobs[0].summary()
 
 
 def test_top5_error_where_the_paper_has_it(tmp_path: Path) -> None:
@@ -259,9 +282,9 @@ def test_curves_are_medians_over_seeds(tmp_path: Path, monkeypatch: pytest.Monke
         return []
 
     monkeypatch.setattr(Axes, "plot", plot)
-    own = plan(tmp_path, columns=["student", "at", "teacher"])
+    own = plan(tmp_path, columns=["student", "at", "teacher"], epochs=3)
     for job, error in zip(own.jobs, (10.0, 13.0, 11.0, 14.0, 12.0), strict=True):
-        finish(job, error, epochs=3)
+        finish(job, error)
     assert paper_report.curves(paper_report.results(own)).startswith(b"\x89PNG")
     assert drawn == [
         ("-", [14.5, 13.5, 13.5]),
@@ -404,6 +427,15 @@ def test_trains_in_order_and_keeps_what_is_finished(tiny: Path, tmp_path: Path) 
     assert "not finished" not in (out / "paper/tiny.md").read_text()
     assert call(out) == 0
     assert times == [path.stat().st_mtime_ns for path in summaries]
+
+
+@pytest.mark.slow
+def test_what_max_steps_cut_short_goes_on_without_them(tiny: Path, tmp_path: Path) -> None:
+    words = ["--columns", "student", "--set", "batch-size=32"]  # two steps
+    results = tmp_path / "paper/student/seed0"
+    for steps, reached in (("max-steps=1", 1), ("batch-size=32", 2), ("max-steps=9", 2)):
+        assert call(tmp_path, *words, steps) == 0
+        assert torch.load(results / "checkpoint.pt")["progress"]["step"] == reached
 
 
 @pytest.mark.slow
