@@ -52,8 +52,11 @@ class Job:
         return found is not None and len(found[0]["progress"]["history"]) == self.config.epochs
 
     def stored_config(self) -> dict[str, Any]:
-        """The resolved configuration that the run itself has written."""
-        return dict(yaml.safe_load((self.folder / "config.yaml").read_text()))
+        """The configuration that the run has written; its folder may have been moved with those beside it."""
+        config = dict(yaml.safe_load((self.folder / "config.yaml").read_text()))
+        old, new = (str(path).removesuffix(self.name) for path in (config["output-dir"], self.folder))
+        moved = {key: value for key, value in config.items() if old and str(value).startswith(old)}
+        return config | {key: new + value.removeprefix(old) for key, value in moved.items()}
 
     def history(self) -> list[dict[str, Any]]:
         """Metrics of the epochs so far."""
@@ -89,8 +92,9 @@ class Plan:
 
     Runs lie in `out`/`schedule`, by recipe and seed, so that tables share them. Where `teacher_checkpoint` is
     given, no teacher is trained. Runs that a file of `known` (a TABLE.json) holds with the same configuration
-    count as finished; those whose weights others need are trained all the same. `keys` win over those of
-    every recipe.
+    count as finished; those whose weights others need are trained all the same. Of a teacher from elsewhere
+    such a file tells the name only: files of one name count as the same. `keys` win over those of every
+    recipe.
 
     Raises:
         ConfigError: (from `cells` and `jobs`) unknown rows or columns, a schedule that the table has not, a
@@ -157,31 +161,31 @@ class Plan:
 
     def known_run(self, job: Job) -> dict[str, Any] | None:
         """What a file of `known` tells of this very run, as `paper_report` writes it."""
-        run = self._known_runs.get(job.name)
-        if run is None:
-            return None
-        config = dict(run["config"])
-        if config["teacher-checkpoint"]:  # relative to the folder that the file described
-            config["teacher-checkpoint"] = str((self.folder / config["teacher-checkpoint"]).resolve())
-        if differing_keys(config, job.config) or not _long_enough(config, len(run["test_error"]), job.config):
-            return None
-        return run
+        wanted = make_config(told(job.config.model_dump(mode="json", by_alias=True), self.folder))
+        for run in self._known_runs.get(job.name, []):
+            same = not differing_keys(run["config"], wanted)
+            if same and _long_enough(run["config"], len(run["test_error"]), wanted):
+                return run
+        return None
 
     @cached_property
-    def _known_runs(self) -> dict[str, dict[str, Any]]:
-        runs: dict[str, dict[str, Any]] = {}
+    def _known_runs(self) -> dict[str, list[dict[str, Any]]]:
+        """By the job's name; several files may hold it with different configurations."""
+        runs: dict[str, list[dict[str, Any]]] = {}
         for path in self.known:
             try:
                 cells = json.loads(path.read_text())["cells"]
-                found = {f"{cell['recipe']}/seed{run['seed']}": run for cell in cells for run in cell["runs"]}
+                found = [
+                    (f"{cell['recipe']}/seed{run['seed']}", run) for cell in cells for run in cell["runs"]
+                ]
             except OSError as error:
                 raise ConfigError(f"known {path}: {error.strerror}") from None
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(f"known {path}: not the JSON of a table's results") from None
-            for name, run in found.items():
+            for name, run in found:
                 if lacking := [key for key in TOLD if run.get(key) is None]:
                     raise ConfigError(f"known {path}: {name} does not tell its {lacking[0]}")
-            runs |= found
+                runs.setdefault(name, []).append(run)
         return runs
 
     @staticmethod
@@ -209,6 +213,18 @@ class Plan:
             return Job(name, make_config(keys), teacher)
         except ConfigError as error:
             raise ConfigError(f"{self.table} can't run: recipes/{recipe}.yaml: {error}") from None
+
+
+def told(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """`config` without the paths of this machine: those in `folder` relative to it, of others the name."""
+
+    def short(value: Any) -> Any:
+        if not isinstance(value, str) or not Path(value).is_absolute():
+            return value
+        path = Path(value)
+        return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
+
+    return {key: short(value) for key, value in config.items()}
 
 
 def _long_enough(stored: Mapping[str, Any], epochs: int, wanted: Config) -> bool:

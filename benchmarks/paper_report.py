@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.paper_plan import BASELINE, TABLES, TEACHER, Cell, Job, Plan
+from benchmarks.paper_plan import BASELINE, TABLES, TEACHER, Cell, Job, Plan, told
 from trainer.checkpoint import write_atomically
 
 HEADINGS = [
@@ -72,13 +71,6 @@ def _finished(job: Job, plan: Plan) -> Entry | None:
     if summary is None:
         return None
     history = job.history()
-    config = job.stored_config()
-    for key, value in config.items():  # paths of this machine say nothing to others
-        if isinstance(value, str) and Path(value).is_absolute():
-            path = Path(value)
-            config[key] = (
-                str(path.relative_to(plan.folder)) if path.is_relative_to(plan.folder) else path.name
-            )
     kinds = ("last_test_error", "best_test_error", "last_test_top5_error")
     return {
         "seed": job.config.seed,
@@ -86,7 +78,7 @@ def _finished(job: Job, plan: Plan) -> Entry | None:
         "seconds": sum(epoch["seconds"] for epoch in history),
         "test_error": [epoch["test_error"] for epoch in history],
         "train_error": [epoch["train_error"] for epoch in history],
-        "config": config,
+        "config": told(job.stored_config(), plan.folder),
     }
 
 

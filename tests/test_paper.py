@@ -211,6 +211,48 @@ def test_known_runs_are_not_trained_again(tmp_path: Path) -> None:
     assert len(own_teacher.jobs) == 2  # another teacher's students are other runs
 
 
+def test_of_several_known_files_any_may_match(tmp_path: Path) -> None:
+    known = []
+    for epochs in (3, 4):
+        own = plan(tmp_path / str(epochs), columns=["student"], epochs=epochs)
+        for job in own.jobs:
+            finish(job, 10.0 + epochs)
+        paper_report.write(own)
+        known.append(own.folder / "table1.json")
+    for files in (known, known[::-1]):
+        later = plan(tmp_path, columns=["student"], epochs=3, known=files)
+        assert later.jobs == []
+        assert paper_report.results(later)["cells"][0]["median_last"] == 13.0
+
+
+def test_a_folder_that_was_moved_holds_the_same_runs(tmp_path: Path) -> None:
+    first = plan(tmp_path / "first", columns=["at"], seeds=1)
+    for job in first.jobs:
+        finish(job, 10.0)
+    (tmp_path / "first").rename(tmp_path / "second")
+    second = plan(tmp_path / "second", columns=["at"], seeds=1)
+    assert all(job.summary() for job in second.jobs)
+    (run,) = paper_report.results(second)["cells"][0]["runs"]
+    assert run["config"]["teacher-checkpoint"] == f"{TEACHER}/model.pt"
+
+
+def test_a_given_teacher_is_told_by_its_path_or_name(tmp_path: Path) -> None:
+    """In one's own folder the whole path counts, in a known file there is but the name."""
+
+    def chosen(out: str, weights: str, **options: Any) -> Plan:
+        given = tmp_path / weights
+        return plan(tmp_path / out, columns=["at"], seeds=1, teacher_checkpoint=given, **options)
+
+    own = chosen("own", "t.pt")
+    finish(own.jobs[0], 10.0)
+    paper_report.write(own)
+    with pytest.raises(ConfigError, match="teacher-checkpoint differ"):
+        chosen("own", "x/t.pt").jobs[0].summary()
+    known = [own.folder / "table1.json"]
+    for weights, kept in (("x/t.pt", True), ("other.pt", False), (f"own/short/{TEACHER}/model.pt", False)):
+        assert (chosen("other", weights, known=known).jobs == []) is kept
+
+
 def test_a_run_that_max_steps_cut_short_is_not_finished(tmp_path: Path) -> None:
     """Not even in its last epoch; it is for a plan that asks for no more steps."""
 
