@@ -18,7 +18,8 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 TABLES: dict[str, Any] = yaml.safe_load((RECIPES / "tables.yaml").read_text())
 LABELS: dict[str, str] = TABLES.pop("labels")
 BASELINE, TEACHER = "student", "teacher"  # columns
-TOLD = ("config", "last_test_error", "best_test_error", "test_error", "train_error")  # of a known run
+ERRORS = ("last_test_error", "best_test_error")  # of a run, in percent
+CURVES = ("test_error", "train_error")  # epoch by epoch
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,10 @@ class Plan:
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(f"known {path}: not the JSON of a table's results") from None
             for name, run in found:
-                if lacking := [key for key in TOLD if run.get(key) is None]:
-                    raise ConfigError(f"known {path}: {name} does not tell its {lacking[0]}")
-                runs.setdefault(name, []).append(run)
+                try:
+                    runs.setdefault(name, []).append(_checked(run))
+                except ConfigError as error:
+                    raise ConfigError(f"known {path}: {name}: {error}") from None
         return runs
 
     @staticmethod
@@ -225,6 +227,27 @@ def told(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
 
     return {key: short(value) for key, value in config.items()}
+
+
+def _checked(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run of a known file, with every key of its configuration; one that can't be used: ConfigError."""
+    if lacking := [key for key in ("config", *ERRORS, *CURVES) if run.get(key) is None]:
+        raise ConfigError(f"{lacking[0]} is missing")
+    if not isinstance(run["config"], dict):
+        raise ConfigError("config: expected the keys of a recipe")
+    config = make_config(run["config"] | {"backend": "auto"})  # its own may not be available here
+    errors = {key: [run[key]] for key in (*ERRORS, "last_test_top5_error") if key in run}
+    for key, values in (errors | {key: run[key] for key in CURVES}).items():
+        if not isinstance(values, list) or not values or not all(map(_is_percentage, values)):
+            raise ConfigError(f"{key}: expected {'percentages' if key in CURVES else 'a percentage'}")
+    if len({len(run[key]) for key in CURVES}) > 1:
+        raise ConfigError(f"{' and '.join(CURVES)} tell of different epochs")
+    keys = config.model_dump(mode="json", by_alias=True) | {"backend": run["config"].get("backend", "auto")}
+    return dict(run) | {"config": keys}
+
+
+def _is_percentage(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 100
 
 
 def _long_enough(stored: Mapping[str, Any], epochs: int, wanted: Config) -> bool:

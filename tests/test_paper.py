@@ -375,15 +375,39 @@ def test_a_mistake_is_told_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_known_runs_must_tell_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Such as those of results that were written before runs told their configuration."""
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ({"config": None}, "config is missing"),  # results from before runs told their configuration
+        ({"config": []}, "config: expected the keys of a recipe"),
+        ({"config": {}}, "student is required"),
+        ({"config": "x"}, "config: expected the keys of a recipe"),
+        ({"config": {"student": "wrn-10-1", "dataset": "digits", "method": "at"}}, "method at needs teacher"),
+        ({"config": {"student": "wrn-10-1", "dataset": "digits", "teacher-checkpoint": 3}}, "(got '3')"),
+        ({"last_test_error": "9"}, "last_test_error: expected a percentage"),
+        ({"best_test_error": float("nan")}, "best_test_error: expected a percentage"),
+        ({"last_test_top5_error": None}, "last_test_top5_error: expected a percentage"),
+        ({"test_error": 9.0}, "test_error: expected percentages"),
+        ({"train_error": [9.0, "9"]}, "train_error: expected percentages"),
+        ({"train_error": []}, "train_error: expected percentages"),
+        ({"train_error": [9.0]}, "test_error and train_error tell of different epochs"),
+    ],
+)
+def test_known_runs_must_tell_all(
+    fault: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {"seed": 3, "config": {"student": "wrn-10-1", "dataset": "digits"}, "last_test_error": 9.0}
+    run |= {"best_test_error": 8, "test_error": [8, 9.0], "train_error": [7.0, 6.0]}
     known = tmp_path / "table1.json"
-    known.write_text(json.dumps({"cells": [{"recipe": "table1/x", "runs": [{"seed": 3, "config": None}]}]}))
-    words = ["table1", "--known", known, "--data-dir", tmp_path, "--out", tmp_path / "out"]
-    assert paper.main([str(word) for word in words]) == 2
-    assert capsys.readouterr().err == (
-        f"benchmarks.paper: error: known {known}: table1/x/seed3 does not tell its config\n"
-    )
+    words = [str(w) for w in ("table1", "--known", known, "--data-dir", tmp_path, "--out", tmp_path / "out")]
+    known.write_text(json.dumps({"cells": [{"recipe": "table1/x", "runs": [run]}]}))
+    assert plan(tmp_path, known=[known]).jobs
+    known.write_text(json.dumps({"cells": [{"recipe": "table1/x", "runs": [run | fault]}]}))
+    assert paper.main(words) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"benchmarks.paper: error: known {known}: table1/x/seed3: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_says_why_a_table_can_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
