@@ -99,7 +99,8 @@ class Plan:
 
     Raises:
         ConfigError: (from `cells` and `jobs`) unknown rows or columns, a schedule that the table has not, a
-            recipe or combination of keys that train.py would refuse, or a file of `known` that is no table.
+            recipe or combination of keys that train.py would refuse, a `teacher_checkpoint` for cells of
+            several teachers or of none, or a file of `known` that is no table.
     """
 
     table: str
@@ -134,7 +135,8 @@ class Plan:
         known = list(dict.fromkeys(column for row in table["rows"].values() for column in row))
         columns = _chosen("columns", self.columns, known, self.table)
         seeds = table["seeds"] if self.seeds is None else self.seeds
-        cells = []
+        cells: list[Cell] = []
+        taught_by: dict[str, None] = {}  # teachers' recipes, in order
         for name in rows:
             row = table["rows"][name]
             wanted = {column: row[column] for column in columns if column in row}
@@ -147,8 +149,15 @@ class Plan:
                     continue
                 numbers = range(1 if teaches else seeds)
                 jobs = [self._job(cell, self._teacher_recipe(row, column), seed) for seed in numbers]
+                if jobs[0].config.teacher:
+                    taught_by[self._teacher_recipe(row, column)] = None
                 paper = [cell.get(key) for key in ("paper", "paper_top5")]
                 cells.append(Cell(name, column, cell["recipe"], jobs, *paper))
+        if self.teacher_checkpoint and len(taught_by) != 1:
+            raise ConfigError(
+                "teacher-checkpoint serves one teacher's students, the chosen cells have "
+                f"{', '.join(taught_by) or 'no teacher'}: choose with rows and columns"
+            )
         return cells
 
     @cached_property

@@ -355,7 +355,9 @@ def test_another_run_is_not_taken_for_a_result(tmp_path: Path, capsys: pytest.Ca
         ("table1 --seeds 0", "--seeds"),
         ("table1 --jobs 0", "--jobs: expected a whole number above 0, got '0'"),
         ("table1 --epochs -1", "--epochs: expected a whole number above 0, got '-1'"),
-        ("table1 --teacher-checkpoint t.pt", "serves a single row"),
+        ("table1 --teacher-checkpoint t.pt", "have table1/nin-wide, table1/wrn-16-2, table1/wrn-40-1, "),
+        ("table3 --teacher-checkpoint t.pt", "have table1/nin-wide, table1/nin-wide-rawpool: choose"),
+        ("table2 --teacher-checkpoint t.pt --columns teacher", "the chosen cells have no teacher"),
         ("table1 --dry-run", "no folder cifar-10-batches-py"),
         ("table1 --set amp", "--set: expected KEY=VALUE, got 'amp'"),
         ("table1 --set seed=3", "--set: seed is given by the table or a flag of its own"),
@@ -408,6 +410,11 @@ def test_known_runs_must_tell_all(
     assert error.startswith(f"benchmarks.paper: error: known {known}: table1/x/seed3: ")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_given_teacher_serves_those_columns_that_it_teaches(tmp_path: Path) -> None:
+    chosen = plan(tmp_path, "table3", columns=["student", "grad-at", "kd"], teacher_checkpoint=tmp_path / "t")
+    assert {job.config.teacher for job in chosen.jobs} == {None, "nin-wide"}
 
 
 def test_says_why_a_table_can_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
