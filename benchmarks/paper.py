@@ -19,7 +19,8 @@ from trainer.config import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 where a training has failed, 2 after a mistake, which is told in one line."""
+    """Returns the exit code: 1 where a training has failed or can't be measured, 2 after a mistake, which is
+    told in one line."""
     try:
         args = _parse(argv)
         plan = Plan(
@@ -37,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             keys=dict(args.set),
         )
         if args.dry_run:
-            print(paper_runs.estimate(plan.jobs))
-            return 0
+            text, complete = paper_runs.estimate(plan.jobs)
+            print(text)
+            return 0 if complete else 1
         failed = paper_runs.run(plan.jobs, plan.folder / "logs", args.jobs, lambda: paper_report.write(plan))
         print(paper_report.write(plan))
     except ConfigError as error:

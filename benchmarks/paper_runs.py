@@ -85,8 +85,8 @@ def start(job: Job, logs: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def estimate(jobs: Sequence[Job]) -> str:
-    """A line per job, with the time that its remaining epochs would take, and the sum.
+def estimate(jobs: Sequence[Job]) -> tuple[str, bool]:
+    """A line per job, with the time that its remaining epochs would take, and the sum; whether it has all.
 
     A few steps of each distinct recipe are run for it, uncompiled and with an untrained teacher.
 
@@ -107,14 +107,17 @@ def estimate(jobs: Sequence[Job]) -> str:
         if step is None:
             lines.append(f"{job.name}: {epochs} epochs, not measured")
             continue
-        sizes = _sizes(job.config.dataset, job.config.data_dir)
-        seconds = (sizes.train + EVALUATION * sizes.test) / job.config.batch_size * step
+        sizes = _sizes(job.config)
+        batch = min(job.config.batch_size, sizes.train)  # as measured
+        seconds = (sizes.train + EVALUATION * sizes.test) / batch * step
         total += epochs * seconds
         lines.append(
             f"{job.name}: {epochs} epochs of {seconds:.0f} s ({1000 * step:.0f} ms a step), "
             f"{duration(epochs * seconds)}"
         )
-    return "\n".join([*lines, f"together {duration(total)}, one at a time"])
+    complete = None not in steps.values()
+    rest = "" if complete else ", without what was not measured"
+    return "\n".join([*lines, f"together {duration(total)}, one at a time{rest}"]), complete
 
 
 def measure(job: Job) -> float | None:
@@ -122,7 +125,7 @@ def measure(job: Job) -> float | None:
 
     The steps are epochs of one batch each: metrics.jsonl has the time of every epoch.
     """
-    sizes = _sizes(job.config.dataset, job.config.data_dir)
+    sizes = _sizes(job.config)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         keys = job.config.model_dump(mode="json", by_alias=True)
@@ -146,16 +149,21 @@ def measure(job: Job) -> float | None:
 
 
 class Sizes(NamedTuple):
-    """Numbers of images and of classes of a data set."""
+    """Numbers of images that a run uses and of their classes."""
 
     train: int
     test: int
     classes: int
 
 
+def _sizes(config: Config) -> Sizes:
+    return _count(config.dataset, config.data_dir, config.limit_train, config.limit_test)
+
+
 @cache
-def _sizes(dataset: str, data_dir: Path | None) -> Sizes:
-    config = make_config({"student": "-", "dataset": dataset, "data-dir": data_dir})
+def _count(dataset: str, data_dir: Path | None, limit_train: int | None, limit_test: int | None) -> Sizes:
+    keys = {"dataset": dataset, "data-dir": data_dir, "limit-train": limit_train, "limit-test": limit_test}
+    config = make_config(keys | {"student": "-"})
     loaded = data.load(config, torch.device("cpu"))
     return Sizes(len(loaded.train), len(loaded.test), loaded.classes)
 

@@ -442,15 +442,18 @@ def test_estimate_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(paper_runs, "measure", measure)
     monkeypatch.setattr(paper_runs, "_sizes", lambda *key: paper_runs.Sizes(1280, 384, 10))
-    assert paper_runs.estimate(own.jobs).splitlines() == [
+    text, complete = paper_runs.estimate(own.jobs)
+    assert not complete
+    assert text.splitlines() == [
         f"{TEACHER}: finished",
         f"{STUDENT}: 6 epochs of 6 s (500 ms a step), 0 h 01 min",  # (1280 + 384 / 3) / 128 steps of 0.5 s
         f"table1/{ROW}/at/seed0: 12 epochs, not measured",
         "table1/wrn-16-1/seed1: 12 epochs of 6 s (500 ms a step), 0 h 01 min",
         f"table1/{ROW}/at/seed1: 12 epochs, not measured",
-        "together 0 h 02 min, one at a time",
+        "together 0 h 02 min, one at a time, without what was not measured",
     ]
     assert measured == [STUDENT, f"table1/{ROW}/at/seed0"]  # once per recipe
+    assert paper_runs.estimate(own.jobs[:2])[1]
     assert paper_runs.duration(3600 * 25 + 59.9 * 60) == "26 h 00 min"
 
 
@@ -552,6 +555,17 @@ def test_a_signal_stops_the_trainings_which_continue_later(
     assert paper.main(words) == 0
     assert "continuing from step" in log.read_text()
     assert "finished teacher/seed0" in capsys.readouterr().out
+
+
+def test_estimates_for_the_images_that_are_used(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--columns", "student", "--dry-run", "--set", "limit-train=512", "limit-test=384"]
+    monkeypatch.setattr(paper_runs, "measure", lambda job: 30.0)
+    assert call(tmp_path, *words) == 0  # (512 + 384 / 3) / 128 steps
+    assert "1 epochs of 150 s (30000 ms a step)" in capsys.readouterr().out
+    monkeypatch.setattr(paper_runs, "measure", lambda job: None)
+    assert call(tmp_path, *words) == 1
 
 
 @pytest.mark.slow
