@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from trainer.config import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +26,39 @@ class Parser(argparse.ArgumentParser):
 
 def absolute(text: str) -> Path:
     return Path(text).resolve()
+
+
+def folder(text: str) -> Path:
+    """The absolute path of a folder, which need not exist yet."""
+    path = absolute(text)
+    nearest = next(part for part in (path, *path.parents) if os.path.exists(part))
+    if not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, {nearest} is a file")
+    return path
+
+
+@contextmanager
+def exclusive(out: Path) -> Iterator[None]:
+    """Make the folder `out`, and let no other process that asks for it work there meanwhile.
+
+    Raises:
+        ConfigError: another is at work there, or the folder can't be made.
+    """
+    lock = out / ".lock"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise ConfigError(f"out {out}: {error.strerror}") from None
+    with open(lock, "a") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"out {out}: another process is at work there") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def positive(text: str) -> int:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import paper_runs
-from benchmarks.command_line import Parser, absolute, positive
+from benchmarks.command_line import Parser, absolute, exclusive, folder, positive
 from benchmarks.paper_plan import RECIPES, Job, with_epochs
 from trainer.config import ConfigError, load_recipe, make_config
 
@@ -55,13 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun = time.perf_counter()
     try:
         args = _parse(argv)
-        pretraining, finetuning = split(args.data_dir, args.out / "data")
-        runs = plan(args.out, pretraining, finetuning, args.epochs)
-        # The student that Table 4 starts from is one of the first, so these may go side by side.
-        first = [*runs.table5.values(), runs.table4["teacher"]]
-        for jobs in (first, list(runs.table4.values())):
-            if paper_runs.run(jobs, args.out / "logs", args.jobs, lambda: None):
-                return 1
+        with exclusive(args.out):
+            pretraining, finetuning = split(args.data_dir, args.out / "data")
+            runs = plan(args.out, pretraining, finetuning, args.epochs)
+            # The student that Table 4 starts from is one of the first, so these may go side by side.
+            first = [*runs.table5.values(), runs.table4["teacher"]]
+            for jobs in (first, list(runs.table4.values())):
+                if paper_runs.run(jobs, args.out / "logs", args.jobs, lambda: None):
+                    return 1
     except ConfigError as error:
         print(f"benchmarks.mini: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -140,7 +141,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add = parser.add_argument
     add("--data-dir", required=True, type=absolute, metavar="DIR", help="the images")
-    add("--out", required=True, type=absolute, metavar="DIR", help="where runs and results go")
+    add("--out", required=True, type=folder, metavar="DIR", help="where runs and results go")
     add("--epochs", type=positive, metavar="N", help="instead of the recipes'; at-start-epoch in proportion")
     add(
         "--jobs",

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import paper_report, paper_runs
-from benchmarks.command_line import Parser, absolute, positive
+from benchmarks.command_line import Parser, absolute, exclusive, folder, positive
 from benchmarks.paper_plan import TABLES, Plan
 from trainer.config import ConfigError
 
@@ -41,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             text, complete = paper_runs.estimate(plan.jobs)
             print(text)
             return 0 if complete else 1
-        failed = paper_runs.run(plan.jobs, plan.folder / "logs", args.jobs, lambda: paper_report.write(plan))
-        print(paper_report.write(plan))
+        jobs = plan.jobs  # mistakes are told before anything is written
+        with exclusive(plan.folder):
+            failed = paper_runs.run(jobs, plan.folder / "logs", args.jobs, lambda: paper_report.write(plan))
+            print(paper_report.write(plan))
     except ConfigError as error:
         print(f"benchmarks.paper: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -68,7 +70,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--epochs", type=positive, metavar="N", help="instead of the schedule's; at-start-epoch in proportion"
     )
     add("--data-dir", required=True, type=absolute, metavar="DIR", help="as for train.py")
-    add("--out", required=True, type=absolute, metavar="DIR", help="where runs and results go")
+    add("--out", required=True, type=folder, metavar="DIR", help="where runs and results go")
     add("--teacher-checkpoint", type=absolute, metavar="FILE", help="use these weights, train no teacher")
     add(
         "--set",

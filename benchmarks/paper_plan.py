@@ -42,7 +42,7 @@ class Job:
             if keys:
                 raise ConfigError(f"{self.folder} holds a different run: {', '.join(keys)} differ")
             summary = dict(json.loads((self.folder / "summary.json").read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         long_enough = _long_enough(stored, summary["epochs"], self.config) or self._has_every_epoch()
         return summary if long_enough else None

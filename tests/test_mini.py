@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks import mini, mini_report
+from benchmarks.command_line import exclusive
 from benchmarks.paper_plan import Job
 
 CLASSES = ["ant", "bee", "cat", "dog", "n03028079"]  # the last one is Imagenette's church
@@ -84,6 +85,8 @@ def broken(tmp_path: Path, fault: str) -> list[str]:
         (images / "val/bee").rename(images / "val/wasp")
     if fault == "links to other images":
         mini.split(make_images(tmp_path / "others"), out / "data")
+    if fault == "expected a folder":
+        out.write_text("")
     if fault == "No such file":
         images = tmp_path / "nothing"
     return ["--data-dir", str(images), "--out", str(out), *(["--jobs", "0"] if "--jobs" in fault else [])]
@@ -96,6 +99,7 @@ def broken(tmp_path: Path, fault: str) -> list[str]:
         "val has no bee",
         "links to other images",
         "No such file",
+        "expected a folder",
         "--jobs: expected a whole number above 0, got '0'",
     ],
 )
@@ -106,6 +110,12 @@ def test_a_mistake_is_told_in_one_line(
     (told,) = capsys.readouterr().err.splitlines()
     assert told.startswith("benchmarks.mini: error: ")
     assert fault in told
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with exclusive(tmp_path / "out"):
+        assert mini.main(broken(tmp_path, "none")) == 2
+    assert capsys.readouterr().err.endswith("another process is at work there\n")
 
 
 def test_likeness_of_maps() -> None:

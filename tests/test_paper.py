@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import paper, paper_plan, paper_report, paper_runs
+from benchmarks.command_line import exclusive
 from benchmarks.paper_plan import Job, Plan
 from trainer.config import ConfigError, make_config
 
@@ -375,6 +376,32 @@ def test_a_mistake_is_told_in_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def refused(capsys: pytest.CaptureFixture[str], out: Path, *words: str) -> str:
+    """What is said of a command that ends in one line with exit code 2."""
+    assert paper.main(["table1", "--data-dir", str(out), "--out", str(out), *words]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    return error.removeprefix("benchmarks.paper: error: ")
+
+
+def test_out_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "paper").write_text("")
+    for out in (tmp_path / "paper", tmp_path / "paper/deeper"):
+        for words in ([], ["--dry-run"]):
+            told = refused(capsys, out, *words)
+            assert told == f"argument --out: expected a folder, {tmp_path / 'paper'} is a file"
+    assert refused(capsys, tmp_path) == f"out {tmp_path / 'paper'}: File exists"
+    assert "no folder cifar-10-batches-py" in refused(capsys, tmp_path, "--dry-run")
+
+
+def test_two_at_once_in_one_folder_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(paper_runs, "run", lambda *args: 0)
+    with exclusive(tmp_path / "paper"):
+        assert refused(capsys, tmp_path) == f"out {tmp_path / 'paper'}: another process is at work there"
+    assert paper.main(["table1", "--data-dir", "d", "--out", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize(
