@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import subprocess
@@ -140,6 +141,25 @@ def test_keys_of_every_run(tmp_path: Path) -> None:
     for job in jobs:
         config = job.config
         assert (config.amp, config.channels_last, config.compile, config.epochs) == ("bf16", True, True, 200)
+
+
+def test_keys_may_be_typed_with_underscores_and_spaces() -> None:
+    assert [paper._pair(text) for text in ("limit_train=9", " amp = bf16")] == [
+        ("limit-train", "9"),
+        ("amp", "bf16"),
+    ]
+    with pytest.raises(argparse.ArgumentTypeError, match="seed is given by the table"):
+        paper._pair("seed =3")
+
+
+@pytest.mark.parametrize("table", paper_plan.TABLES)
+def test_no_key_makes_a_cell_another_one(table: str, tmp_path: Path) -> None:
+    columns = [column for row in paper_plan.TABLES[table]["rows"].values() for column in row]
+    cells = plan(tmp_path, table, schedule="paper", rows=None, seeds=1, columns=columns).cells
+    for row in {cell.row for cell in cells}:
+        own = [c.jobs[0].config for c in cells if c.row == row and not c.column.endswith("teacher")]
+        keys = {key for config in own for key, value in config if value != getattr(own[0], key)}
+        assert {key.replace("_", "-") for key in keys} <= {*paper.GIVEN_KEYS, *paper.CELL_KEYS}
 
 
 def test_a_given_teacher_is_not_trained(tmp_path: Path) -> None:
@@ -362,7 +382,10 @@ def test_another_run_is_not_taken_for_a_result(tmp_path: Path, capsys: pytest.Ca
         ("table1 --dry-run", "no folder cifar-10-batches-py"),
         ("table1 --set amp", "--set: expected KEY=VALUE, got 'amp'"),
         ("table1 --set seed=3", "--set: seed is given by the table or a flag of its own"),
+        ("table1 --set data_dir=/x", "--set: data-dir is given by the table or a flag of its own"),
+        ("table1 --set method=none", "--set: method is given by the table or a flag of its own"),
         ("table1 --set ampp=bf16", "unknown key ampp (did you mean amp?)"),
+        ("table1 --set limit_trian=9", "unknown key limit_trian (did you mean limit-train?)"),
         ("table1 --known nothing.json", "nothing.json: No such file"),
         (f"table1 --known {__file__}", "not the JSON of a table's results"),
     ],
