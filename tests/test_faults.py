@@ -359,6 +359,8 @@ def test_a_signal_to_the_whole_group_stops_the_run_alone(tmp_path: Path) -> None
     assert process.returncode == 128 + signal.SIGTERM, error
     assert "stopped by signal 15 at step" in output
     assert error == ""
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody is left
     checkpoint.load(tmp_path / "run" / checkpoint.LATEST)
 
 

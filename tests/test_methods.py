@@ -230,6 +230,7 @@ def test_effective_weights_are_told(
         ("grad-at", {"gradient_layer": "group1"}, ["student (1, 16, 16, 16) and teacher (1, 32, 16, 16)"]),
         ("hints", {"taps": "fc"}, ["taps", "pair 0: student (1, 10) and teacher (1, 10)"]),
         ("hints", {"taps": "group7"}, ["taps", "group7"]),
+        ("hints", {"taps": ""}, ["taps []", "student_channels is empty"]),
         ("grad-at", {"teacher": "null"}, ["method grad-at needs teacher"]),
         ("grad-at", {"gradient_bn": "eval"}, ["gradient-bn", "'running'"]),
     ],

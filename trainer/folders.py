@@ -7,6 +7,7 @@ ranks and workers sees the same batches, and a resumed run finds them again.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -216,12 +217,14 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Fault]]:
 def _leave_signals_to_main(worker: int) -> None:
     """Ctrl-C, torchrun and Slurm signal whole groups of processes: the main one decides when workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+    main = multiprocessing.parent_process()
+    if main and hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_end_with_main, args=(os.getppid(),), daemon=True).start()
+        Thread(target=_end_with, args=(main.pid,), daemon=True).start()
 
 
-def _end_with_main(main: int) -> None:
+def _end_with(main: int | None) -> None:
+    """Heed a SIGTERM of the main process alone."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
         pass
     os._exit(0)

@@ -134,7 +134,10 @@ def add_hints(student: Tapped, teacher: Tapped, image: Tensor) -> None:
     """Give `student` the regressors for its features and the teacher's, whose channels `image` shows."""
     students, teachers = _features(student, teacher, image)
     channels = [[feature.shape[1] for feature in side] for side in (students, teachers)]
-    student.hints = at_fused.FeatureHints(*channels).to(image.device)
+    try:
+        student.hints = at_fused.FeatureHints(*channels).to(image.device)
+    except ValueError as error:
+        raise ConfigError(f"taps {list(student.taps.names)}: {error}") from None
 
 
 def describe(objective: Objective, image: Tensor) -> list[str]:
