@@ -101,7 +101,7 @@ def attention_loss(
         resize: what to do when a pair's spatial sizes differ: interpolate the teacher's *map* to the
             student's grid ("bilinear", without align_corners, or "nearest"), or raise ("error").
         channel_dim: dimension of the channels in every feature; -1 for (B, N, C) tokens.
-        eps: lower bound of the norms, applied in fp32.
+        eps: lower bound of the norms, applied in fp32; with 0 a map of zeros gives NaN.
         backend: "auto", or one of `available_backends()`.
 
     Returns:
