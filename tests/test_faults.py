@@ -215,6 +215,15 @@ def test_killed_between_the_renames_of_a_save(stopped: Path, whole: Path) -> Non
     assert (stopped / "model.pt").read_bytes() == (whole / "model.pt").read_bytes()
 
 
+def test_killed_before_the_save_that_follows_a_link(tmp_path: Path) -> None:
+    """The latest and the one before it are then one file; renaming a third name of it does nothing."""
+    checkpoint.save_latest(tmp_path, {"step": 1})
+    os.link(tmp_path / checkpoint.LATEST, tmp_path / checkpoint.PREVIOUS)
+    checkpoint.save_latest(tmp_path, {"step": 2})
+    steps = {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()}
+    assert steps == {checkpoint.LATEST: 2, checkpoint.PREVIOUS: 1}
+
+
 def test_the_good_checkpoint_survives_until_there_is_another(stopped: Path, monkeypatch) -> None:
     """Fallen back, the damaged latest must not take the place of the good previous one."""
     flip_a_bit(stopped / checkpoint.LATEST)

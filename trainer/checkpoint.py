@@ -71,6 +71,7 @@ def save_latest(folder: Path, state: Any, *, keep_latest: bool = True) -> None:
             except OSError:
                 shutil.copyfile(latest, temporary)  # a file system without hard links
             os.replace(temporary, previous)
+            temporary.unlink(missing_ok=True)  # still there where both were the same file already
         except OSError as error:
             raise ConfigError(
                 f"cannot write {previous}: {error.strerror or error} ({latest.name} is intact)"
