@@ -250,8 +250,9 @@ def _recomputed_gradients(
     """Gradients at the needed inputs through a differentiable recomputation in plain PyTorch."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Views keep the graph of the inputs when it is wanted, and cut it when it is not.
+        # Inference tensors can't be saved by what is recomputed from them, their copies can.
         inputs = [x.clone() if x is not None and x.is_inference() else x for x in inputs]
+        # Views keep the graph of the inputs when it is wanted, and cut it when it is not.
         inputs = [
             None if x is None else (x.view_as(x) if create_graph else x.detach().requires_grad_(need))
             for x, need in zip(inputs, needed, strict=True)

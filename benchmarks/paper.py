@@ -9,14 +9,13 @@ Tables share runs. The results lie in OUT/SCHEDULE: TABLE.json, TABLE.md and, as
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 
 from benchmarks import paper_report, paper_runs
 from benchmarks.command_line import Parser, absolute, exclusive, folder, positive
 from benchmarks.paper_plan import TABLES, Plan
-from trainer.config import Config, ConfigError
+from trainer.config import KEYS, ConfigError, did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +102,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-KEYS = [name.replace("_", "-") for name in Config.model_fields]
 GIVEN_KEYS = ("seed", "epochs", "threads", "data-dir", "output-dir", "teacher-checkpoint", "dataset")
 CELL_KEYS = (  # what makes a cell the one that it is called
     *("student", "teacher", "method", "taps", "p", "mapping", "distance", "norm-order"),
@@ -119,10 +117,7 @@ def _pair(text: str) -> tuple[str, str]:
     if key in GIVEN_KEYS + CELL_KEYS:
         raise argparse.ArgumentTypeError(f"{key} is given by the table or a flag of its own")
     if key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, 1)
-        raise argparse.ArgumentTypeError(
-            f"unknown key {typed}" + (f" (did you mean {near[0]}?)" if near else "")
-        )
+        raise argparse.ArgumentTypeError(f"unknown key {typed}{did_you_mean(key, KEYS)}")
     return key, value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -277,6 +277,8 @@ class Config(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
+KEYS = [name.replace("_", "-") for name in Config.model_fields]
+
 # Keys that may change between a run and its continuation: they do not alter what is learned.
 FREE_KEYS = (
     "data-dir",
@@ -359,12 +361,18 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
     return make_config({key.replace("_", "-"): value for key, value in values.items()} | flags), print_config
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The nearest of the `known` words, to end a message with; nothing where none is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         unknown = [word for word in message.split() if word.startswith("--")]
         if "unrecognized" in message and unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
-            message = f"unknown flag {unknown[0]}" + (f" (did you mean {near[0]}?)" if near else "")
+            near = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
+            message = f"unknown flag {unknown[0]}{near}"
         raise ConfigError(message)
 
 
@@ -397,9 +405,7 @@ def _line(error: Any, values: dict[str, Any]) -> str:
     key = str(error["loc"][0]).replace("_", "-") if error["loc"] else ""
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        known = [name.replace("_", "-") for name in Config.model_fields]
-        near = difflib.get_close_matches(key, known, 1)
-        return f"unknown key {key}" + (f" (did you mean {near[0]}?)" if near else "")
+        return f"unknown key {key}{did_you_mean(key, KEYS)}"
     if error["type"] == "missing":
         return f"{key} is required"
     if not key:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,6 @@ class Run:
         self.start = resume.find_start(config)
         self.folder = self.start.folder
         self.dataset = data.load(config, ranks.device)
-        self.identity = self.dataset.identity()
         size = len(self.dataset.train)
         tail = size % config.batch_size
         if min(config.batch_size, size, tail or size) < ranks.world:
@@ -116,6 +116,11 @@ class Run:
         if self.start.checkpoint is not None:
             self._restore(self.start.checkpoint)
         self.finished = (self.folder / "summary.json").exists() and self.progress.step >= self.last_step
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """That of the data set, found when rank 0 saves or any rank resumes: it reads every path."""
+        return self.dataset.identity()
 
     # --- set-up ---------------------------------------------------------------------------------------
 
@@ -495,8 +500,10 @@ def _set_up_torch(config: Config, ranks: Ranks) -> None:
 def _create(name: str, classes: int, config: Config) -> models.TappedModel:
     try:
         model = models.create(name, num_classes=classes)
-    except (ValueError, RuntimeError) as error:  # unknown, or beyond the memory
-        raise ConfigError(f"{name}: {error}" if isinstance(error, RuntimeError) else str(error)) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    except RuntimeError as error:  # beyond the memory
+        raise ConfigError(f"{name}: {error}") from None
     return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
 
 
