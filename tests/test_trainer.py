@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -579,6 +580,32 @@ def test_interrupted_at_every_step_is_the_same_run(teacher: Path, student: Path,
     check_same(folder, student)
     assert run(tmp_path / "copy", **at_kd(teacher), resume=folder, max_steps=12) == 0
     check_same(tmp_path / "copy", student)
+
+
+def test_the_teacher_of_a_run_may_move_but_not_change(
+    teacher: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "first/model.pt"
+    weights.parent.mkdir()
+    shutil.copy(teacher / "model.pt", weights)
+    assert run(tmp_path / "run", **at_kd(weights.parent), max_steps=5) == 0
+    moved = weights.parent.rename(tmp_path / "second")
+    state = torch.load(moved / "model.pt", weights_only=True)
+    torch.save(state | {"fc.bias": state["fc.bias"] + 1e-3}, moved / "model.pt")
+    before = fingerprint(tmp_path / "run")
+    capsys.readouterr()
+    check_refusal(run(tmp_path / "run", **at_kd(moved)), capsys, "second/model.pt holds other weights than")
+    assert fingerprint(tmp_path / "run") == before
+    torch.save({"model": state}, moved / "model.pt")  # the same in another wrapping
+    assert run(tmp_path / "run", **at_kd(moved)) == 0
+    assert (tmp_path / "run/model.pt").read_bytes() == (student / "model.pt").read_bytes()
+
+    old = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    del old["teacher"]  # as earlier versions wrote it: of the teacher its path is known
+    torch.save(old, tmp_path / "run/checkpoint.pt")
+    assert run(tmp_path / "run", **at_kd(moved)) == 0
+    capsys.readouterr()
+    check_refusal(run(tmp_path / "run", **at_kd(teacher)), capsys, "teacher-checkpoint differ")
 
 
 def test_killed_before_its_results(teacher: Path, student: Path, tmp_path: Path) -> None:

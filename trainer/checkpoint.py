@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import shutil
@@ -125,6 +126,15 @@ def load(path: Path) -> dict[str, Any]:
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """The state of `model` as contiguous tensors on the CPU."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def digest(model: nn.Module) -> str:
+    """The same for models of the same weights, whichever file they came from."""
+    summary = hashlib.blake2b(digest_size=16)
+    for name, tensor in weights(model).items():
+        summary.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        summary.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return summary.hexdigest()
 
 
 def load_weights(model: nn.Module, path: Path, name: str, *, new_classifier: bool = False) -> None:

@@ -119,8 +119,12 @@ class Run:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """That of the data set, found when rank 0 saves or any rank resumes: it reads every path."""
-        return self.dataset.identity()
+        """What the run has begun with, beside its configuration: data set and teacher's weights.
+
+        Found when rank 0 saves or any rank resumes: it reads every path and every weight.
+        """
+        teacher = self.teacher and checkpoint.digest(self.teacher.model)
+        return {"data": self.dataset.identity(), "teacher": teacher}
 
     # --- set-up ---------------------------------------------------------------------------------------
 
@@ -398,7 +402,7 @@ class Run:
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
                     "progress": asdict(progress),
-                    "data": self.identity,
+                    **self.identity,
                     "ranks": states,
                 },
                 keep_latest=keep_latest,
@@ -409,16 +413,9 @@ class Run:
         """Take up the run that a checkpoint has stored.
 
         Raises:
-            ConfigError: it does not fit, or the data set is another one.
+            ConfigError: it does not fit, or the data set or the teacher's weights are others.
         """
-        now, then = self.identity, stored.get("data")  # earlier versions stored none
-        if then is not None and then != now:
-            differing = {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
-            told = [f"{key}: {a}, now {b}" for key, (a, b) in differing.items() if key != "files"]
-            raise ConfigError(
-                f"data-dir {self.config.data_dir} holds other images than this run has begun with "
-                f"({'; '.join(told) or 'other files or labels'})"
-            )
+        self._check_identity(stored)
         try:
             self.student.load_state_dict(stored["model"])
             if self.tapped.hints is not None:
@@ -432,6 +429,21 @@ class Run:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise ConfigError(f"the checkpoint to resume from does not fit this run: {error}") from None
         self.watch.last_saved = f"{self.start.path} (step {self.progress.step})"
+
+    def _check_identity(self, stored: dict[str, Any]) -> None:
+        now, then = self.identity["data"], stored.get("data")  # earlier versions stored none
+        if then is not None and then != now:
+            differing = {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
+            told = [f"{key}: {a}, now {b}" for key, (a, b) in differing.items() if key != "files"]
+            raise ConfigError(
+                f"data-dir {self.config.data_dir} holds other images than this run has begun with "
+                f"({'; '.join(told) or 'other files or labels'})"
+            )
+        if stored.get("teacher", self.identity["teacher"]) != self.identity["teacher"]:
+            raise ConfigError(
+                f"teacher-checkpoint {self.config.teacher_checkpoint} holds other weights than this run has "
+                "begun with"
+            )
 
     def _restore_rank(self, states: list[dict[str, Any]]) -> None:
         if len(states) == self.ranks.world:

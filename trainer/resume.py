@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ def find_start(config: Config) -> Start:
         raise ConfigError(f"output-dir {folder} is not empty, and resume is never")
     held = [name for name in ARTEFACTS if (folder / name).exists()]
     if held:
-        _check_same_run(_stored_config(folder), config, f"output-dir {folder}")
+        _check_same_run(_stored_config(folder), config, f"output-dir {folder}", ["teacher-checkpoint"])
     source = folder
     if config.resume not in ("auto", "never"):
         path = Path(config.resume)
@@ -73,7 +74,9 @@ def find_start(config: Config) -> Start:
 def _resumable(stored: dict[str, Any], path: Path, config: Config) -> dict[str, Any]:
     if not isinstance(stored.get("config"), dict):
         raise ConfigError(f"checkpoint {path} cannot be resumed from: it is not a run's checkpoint.pt")
-    _check_same_run(stored["config"], config, f"checkpoint {path}")
+    # The teacher's weights are compared, wherever they lie; earlier versions stored the path alone.
+    free = ["teacher-checkpoint"] if "teacher" in stored else []
+    _check_same_run(stored["config"], config, f"checkpoint {path}", free)
     return stored
 
 
@@ -87,8 +90,8 @@ def _stored_config(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _check_same_run(stored: dict[str, Any], config: Config, where: str) -> None:
-    if keys := differing_keys(stored, config):
+def _check_same_run(stored: dict[str, Any], config: Config, where: str, free: Sequence[str] = ()) -> None:
+    if keys := [key for key in differing_keys(stored, config) if key not in free]:
         raise ConfigError(
             f"{where} holds a different run: {', '.join(keys)} differ; choose another output-dir"
         )
