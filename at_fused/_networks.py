@@ -225,7 +225,8 @@ def _state(path: Path) -> dict[str, Tensor]:
     )
     if not tensors:
         raise ValueError(f"checkpoint {path} holds no model weights")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in content.items()}
+    # The prefixes of DataParallel and, of the whole or of parts, torch.compile.
+    return {re.sub(r"^(module\.)+", "", k.replace("_orig_mod.", "")): v for k, v in content.items()}
 
 
 def _line(error: Exception) -> str:

@@ -20,7 +20,6 @@ from models.tapped import TappedModel
 from models.wide_resnet import WideResNet
 
 State = dict[str, Tensor]
-WRAPPERS = r"^((module|_orig_mod)\.)+"  # DataParallel's prefix, torch.compile's
 SHOWN = 10  # keys of a kind that an error lists before it counts the rest
 
 
@@ -123,9 +122,9 @@ def find_weights(content: Any) -> State:
     )
     if not tensors or not content:
         raise ValueError("holds no model weights")
-    state = dict(content)
-    if all(re.match(WRAPPERS, key) for key in state):
-        state = {re.sub(WRAPPERS, "", key): value for key, value in state.items()}
+    state = {key.replace("_orig_mod.", ""): value for key, value in content.items()}  # torch.compile's
+    while all(key.startswith("module.") for key in state):  # DataParallel's
+        state = {key.removeprefix("module."): value for key, value in state.items()}
     if any(key.startswith("student.") for key in state):
         own = {key.removeprefix("student."): value for key, value in state.items()}
         state = {key: value for key, value in own.items() if not key.startswith("teacher.")}

@@ -191,6 +191,10 @@ def test_prefixes_of_wrappers_are_dropped(tmp_path: Path) -> None:
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."):
         torch.save({prefix + key: value for key, value in model.state_dict().items()}, tmp_path / "w.pt")
         assert torch.equal(models.load_pretrained(tmp_path / "w.pt").state_dict()["bn.bias"], model.bn.bias)
+    model.group1[0] = torch.compile(model.group1[0])  # a part of it
+    assert any("_orig_mod" in key for key in model.state_dict())
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    assert torch.equal(models.load_pretrained(tmp_path / "w.pt").bn.bias, model.bn.bias)
 
 
 @pytest.mark.parametrize("outer", ["model", "state_dict"])

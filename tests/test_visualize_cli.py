@@ -260,7 +260,7 @@ def test_a_torchvision_checkpoint_sets_the_number_of_classes(
 
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=7).eval()
-    state = {f"_orig_mod.module.{k}": v for k, v in model.state_dict().items()}
+    state = {f"module.{k.replace('.conv', '._orig_mod.conv')}": v for k, v in model.state_dict().items()}
     torch.save({"state_dict": {"model": state}}, tmp_path / "c.pt")
     words = ("--model", "torchvision/resnet18", "--checkpoint", tmp_path / "c.pt", "--images", folder)
     seen = drawing(*words, "--taps", "layer4")

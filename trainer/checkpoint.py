@@ -111,11 +111,9 @@ def load(path: Path) -> dict[str, Any]:
                 folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
             if damaged or folders:  # a tensor is no folder, of which torch would read nothing
                 raise ValueError(f"{damaged or folders[0]} fails its checksum")
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # what torch gets where it seeks in a truncated file
-            raise ConfigError(f"checkpoint {path}: {error.strerror or error}") from None
-        raise ConfigError(f"checkpoint {path} is damaged, truncated or not a checkpoint") from None
     except Exception as error:  # zip, pickle and torch each raise their own kinds
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch's, seeking in a truncated file
+            raise ConfigError(f"checkpoint {path}: {error.strerror or error}") from None
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise ConfigError(f"checkpoint {path} is damaged, truncated or not a checkpoint ({reason})") from None
     if not isinstance(state, dict):
@@ -133,7 +131,7 @@ def digest(model: nn.Module) -> str:
     summary = hashlib.blake2b(digest_size=16)
     for name, tensor in weights(model).items():
         summary.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        summary.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        summary.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return summary.hexdigest()
 
 
