@@ -6,8 +6,8 @@ depends on sizes only.
 
 A feature or its gradient is passed as (pointer, batch stride, channel stride, space strides), a map or its
 gradient as (pointer, batch stride, space strides), the grid they share as (programs, channels, positions,
-inner sizes): the inner sizes are those of all spatial dimensions but the outermost. What else the code of a
-feature is compiled for is its `Kind`.
+inner sizes): the programs in disguise (`_count`), the inner sizes those of all spatial dimensions but the
+outermost. What else the code of a feature is compiled for is its `Kind`.
 """
 
 # mypy: ignore-errors
@@ -30,6 +30,12 @@ class Kind(NamedTuple):
     wide: int  # 1 where offsets within a sample need 64 bits, else 0
     block_c: int  # channels and
     block_p: int  # positions of a tile
+
+
+@triton.jit
+def _count(number):
+    """A number of samples or of programs, as `triton.disguised` passes it."""
+    return number // 2 - 1
 
 
 # --- |x|^p and its derivative, p = WHOLE + FRACTION -------------------------------------------------
@@ -186,7 +192,7 @@ def maps_kernel(
         if program == 0:
             tl.store(counter, 0)
     for i in tl.static_range(len(feats)):
-        if (program >= 0) & (program < grids[i][0]):
+        if (program >= 0) & (program < _count(grids[i][0])):
             _map_tile(
                 feats[i],
                 maps[i],
@@ -201,7 +207,7 @@ def maps_kernel(
                 KINDS[i][3],
                 KINDS[i][4],
             )
-        program -= grids[i][0]
+        program -= _count(grids[i][0])
 
 
 # --- gradients at the features ----------------------------------------------------------------------
@@ -276,7 +282,7 @@ def gradients_kernel(
     """Gradients at all features, given those at their raw maps and, if `scale` is, its factor for each."""
     program = tl.program_id(0)
     for i in tl.static_range(len(feats)):
-        if (program >= 0) & (program < grids[i][0]):
+        if (program >= 0) & (program < _count(grids[i][0])):
             factor = tl.full((), 1, tl.float32) if scale is None else tl.load(scale + i * scale_stride)
             _gradient_tile(
                 feats[i],
@@ -294,7 +300,7 @@ def gradients_kernel(
                 KINDS[i][3],
                 KINDS[i][4],
             )
-        program -= grids[i][0]
+        program -= _count(grids[i][0])
 
 
 # --- the loss of given maps -------------------------------------------------------------------------
@@ -381,13 +387,13 @@ def loss_kernel(
 ):
     """Loss of all pairs of maps, which their gradients replace where asked for.
 
-    Maps are contiguous, and their grid is (samples, positions); `factors` and `eps` are in parts. The program
-    that finishes last, which `counter` tells, adds up the samples' `distances` in their order.
+    Maps are contiguous, and their grid is (samples in disguise, positions); `factors` and `eps` are in parts.
+    The program that finishes last, which `counter` tells, adds up the samples' `distances` in their order.
     """
     program = tl.program_id(0)
     sample = program
     for i in tl.static_range(len(students)):
-        if (sample >= 0) & (sample < grids[i][0]):
+        if (sample >= 0) & (sample < _count(grids[i][0])):
             first = sample.to(tl.int64) * grids[i][1]
             distance = _distance(
                 students[i] + first,
@@ -399,7 +405,7 @@ def loss_kernel(
                 TEACHER_SLOPES,
             )
             tl.store(distances + program, distance)
-        sample -= grids[i][0]
+        sample -= _count(grids[i][0])
 
     tl.debug_barrier()
     finished = tl.atomic_add(counter, 1, sem="acq_rel")
@@ -407,11 +413,12 @@ def loss_kernel(
         total = tl.zeros((), tl.float64)
         for i in tl.static_range(len(students)):
             sums = tl.zeros([BLOCK], tl.float64)
-            for first in range(0, grids[i][0], BLOCK):
+            count = _count(grids[i][0])
+            for first in range(0, count, BLOCK):
                 one = first + tl.arange(0, BLOCK)
                 # Past the first-level cache, which need not know what other programs wrote.
-                sums += tl.load(distances + one, one < grids[i][0], 0, cache_modifier=".cg")
-            distances += grids[i][0]
+                sums += tl.load(distances + one, one < count, 0, cache_modifier=".cg")
+            distances += count
             pair = tl.sum(sums, 0) * _fp64(factors[i])
             total += pair
             if not REDUCE:

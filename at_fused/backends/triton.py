@@ -72,7 +72,7 @@ def attention_maps_backward(
     _launch(
         "gradients_kernel",
         grads[0],
-        sum(layout.grid[0] for layout in layouts),
+        sum(layout.programs for layout in layouts),
         tuple((feat, *layout.feat) for feat, layout in zip(feats, layouts, strict=True)),
         tuple((grad_map, *layout.map) for grad_map, layout in zip(grad_maps, layouts, strict=True)),
         tuple((grad, *layout.grad) for grad, layout in zip(grads, layouts, strict=True)),
@@ -119,7 +119,8 @@ def attention_loss(
         tuple(student_maps),
         tuple(teacher_maps),
         tuple(
-            (count, math.prod(student.shape[2:])) for count, student in zip(samples, students, strict=True)
+            (disguised(count), math.prod(student.shape[2:]))
+            for count, student in zip(samples, students, strict=True)
         ),
         tuple(_parts(weight / count) for weight, count in zip(weights, elements, strict=True)),
         _parts(eps),
@@ -150,7 +151,7 @@ def _launch_maps(
     _launch(
         "maps_kernel",
         maps[0],
-        sum(layout.grid[0] for layout in layouts) or int(counter is not None),
+        sum(layout.programs for layout in layouts) or int(counter is not None),
         tuple((feat, *layout.feat) for feat, layout in zip(feats, layouts, strict=True)),
         tuple((attention, *layout.map) for attention, layout in zip(maps, layouts, strict=True)),
         tuple(layout.grid for layout in layouts),
@@ -174,6 +175,12 @@ def _launch(kernel: str, at: Tensor, programs: int, *arguments: Any, **constants
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True, "maxnreg": 128}
 
 
+def disguised(count: int) -> int:
+    """A number of samples or programs, made neither 1 nor a multiple of 16: for each of these Triton compiles
+    a kernel anew, which would be a second or two for many a size of a batch."""
+    return 2 * count + 3
+
+
 def _mapping(p: float, mapping: str) -> dict[str, Any]:
     return {"WHOLE": int(p), "FRACTION": p - int(p), "MAX": mapping == "max"}
 
@@ -191,9 +198,10 @@ def _parts(value: float) -> tuple[float, float, float]:
 
 
 class Layout(NamedTuple):
-    """How the kernels walk a feature; the first four are arguments of theirs."""
+    """How the kernels walk a feature, in so many programs; what follows, but for `kind`, are arguments."""
 
-    grid: tuple[int, int, int, tuple[int, ...]]  # programs, channels, positions, inner sizes
+    programs: int
+    grid: tuple[int, int, int, tuple[int, ...]]  # programs in disguise, channels, positions, inner sizes
     feat: tuple[int, int, tuple[int, ...]]  # strides of batch, channels, space
     map: tuple[int, tuple[int, ...]]  # strides of batch, space
     grad: tuple[int, int, tuple[int, ...]]  # as feat
@@ -250,8 +258,10 @@ def _layout(
         for strides in ((feat_channel, *feat_space), (0, *map_space), (grad_channel, *grad_space))
     ]
     block_c, block_p = _tile(channels, positions, dtype, position_vector, channel_vector, mapping)
+    programs = batch * -(-positions // block_p)
     return Layout(
-        (batch * -(-positions // block_p), channels, positions, sizes[1:]),
+        programs,
+        (disguised(programs), channels, positions, sizes[1:]),
         (feat_batch, feat_channel, feat_space),
         (map_batch, map_space),
         (grad_batch, grad_channel, grad_space),
