@@ -380,6 +380,12 @@ def test_a_step_waits_for_nothing(
     assert run.sums[5] == 64
 
 
+def test_cudnn_chooses_by_speed_only_where_it_may(tmp_path: Path) -> None:
+    for deterministic in ("false", "true"):
+        assert run(tmp_path / deterministic, deterministic=deterministic, max_steps=1) == 0
+        assert torch.backends.cudnn.benchmark is (deterministic == "false")
+
+
 # --- mistakes ---------------------------------------------------------------------------------------
 
 

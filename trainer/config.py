@@ -137,7 +137,7 @@ class Config(BaseModel):
     skip_nonfinite: bool = False
     """leave out steps whose gradients are not finite, instead of ending the run"""
     deterministic: bool = True
-    """deterministic CUDA kernels (the CPU's are in any case)"""
+    """deterministic CUDA kernels (the CPU's are in any case); false: whichever prove fastest"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one"""
     backend: str = "auto"

@@ -503,6 +503,7 @@ def _default_dtype(config: Config) -> Iterator[None]:
 def _set_up_torch(config: Config, ranks: Ranks) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
+    torch.backends.cudnn.benchmark = not config.deterministic  # tries cuDNN's algorithms once for each size
     if ranks.device.type == "cuda" and config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
