@@ -331,15 +331,8 @@ def test_committed_results_are_what_their_json_says(path: Path) -> None:
     assert text == path.with_suffix(".md").read_text()
     rows = text.partition("\n\n")[2]
     assert rows in (ROOT / "docs/results.md").read_text()
-    if path == ROOT / "benchmarks/results/cifar10-4-epochs/table1.json":
+    if path == ROOT / "benchmarks/results/cifar10-12-epochs/table1.json":
         assert rows in (ROOT / "README.md").read_text()
-
-
-def test_readme_tells_the_figures_of_the_longer_training() -> None:
-    result = json.loads((ROOT / "benchmarks/results/cifar10-12-epochs/table1.json").read_text())
-    alone, at, teacher = (f"{entry['median_last']:.2f}" for entry in result["cells"])
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"AT takes the student from {alone} to {at}, towards the teacher's {teacher}." in text
 
 
 def test_curves_are_medians_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
