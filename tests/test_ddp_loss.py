@@ -60,17 +60,18 @@ def step(
 def rank_main(rank: int, address: str, folder: str, variants: list[dict]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
-    results = []
-    for options in variants:
-        student, teacher = models()
-        wrapped = DistributedDataParallel(student)
-        images, targets = (x.chunk(RANKS)[rank] for x in batch())
-        loss = step(wrapped, student, teacher, images, targets, options)
-        dist.all_reduce(loss)
-        grads = {name: p.grad for name, p in student.named_parameters()}
-        results.append({"loss": loss / RANKS, "grads": grads})
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    torch.save([train(rank, options) for options in variants], Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def train(rank: int, options: dict) -> dict:
+    """In a frame of its own: DDP must be gone before the process group, or one exit in many hangs."""
+    student, teacher = models()
+    wrapped = DistributedDataParallel(student)
+    images, targets = (x.chunk(RANKS)[rank] for x in batch())
+    loss = step(wrapped, student, teacher, images, targets, options)
+    dist.all_reduce(loss)
+    return {"loss": loss / RANKS, "grads": {name: p.grad for name, p in student.named_parameters()}}
 
 
 @pytest.mark.slow
