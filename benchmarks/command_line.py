@@ -58,6 +58,7 @@ def exclusive(out: Path) -> Iterator[None]:
             raise ConfigError(f"out {out}: another process is at work there") from None
         except OSError:
             pass  # a file system without locks
+        os.set_inheritable(file.fileno(), True)  # a training that outlives this process still holds it
         yield
 
 

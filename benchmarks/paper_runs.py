@@ -79,9 +79,13 @@ def start(job: Job, logs: Path) -> subprocess.Popen[bytes]:
     path = log_path(job, logs)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as log:
-        command = _command(job.config, path.with_suffix(".yaml"))
         return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=_environment(job.config)
+            _command(job.config, path.with_suffix(".yaml")),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=_environment(job.config),
+            close_fds=False,  # it inherits the lock of `exclusive`
         )
 
 

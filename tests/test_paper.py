@@ -427,6 +427,21 @@ def test_two_at_once_in_one_folder_are_refused(
     assert paper.main(["table1", "--data-dir", "d", "--out", str(tmp_path)]) == 0
 
 
+def test_a_training_whose_parent_was_killed_still_holds_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(paper_runs, "_command", lambda config, recipe: sleep)
+    with exclusive(tmp_path):
+        training = paper_runs.start(plan(tmp_path).jobs[0], tmp_path / "logs")
+    with pytest.raises(ConfigError, match="another process is at work there"), exclusive(tmp_path):
+        pass
+    training.kill()
+    training.wait()
+    with exclusive(tmp_path):
+        pass
+
+
 @pytest.mark.parametrize(
     "fault, message",
     [

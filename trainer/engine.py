@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from trainer import checkpoint, data, distributed, reporting, resume, schedules
+from trainer import checkpoint, data, distributed, folders, reporting, resume, schedules
 from trainer.config import Config, ConfigError
 from trainer.distributed import Ranks
 from trainer.objectives import Objective, Tapped, add_hints, describe, tap_names
@@ -369,10 +369,7 @@ class Run:
         """ConfigError on every rank where all together could not read more images than may be."""
         paths = {path for paths in self.ranks.gather(self.dataset.unreadable) for path in paths}
         if len(paths) > self.config.max_unreadable:
-            raise ConfigError(
-                f"{len(paths)} images can't be read, such as {min(paths)}; "
-                f"max-unreadable is {self.config.max_unreadable}"
-            )
+            raise ConfigError(folders.too_many(paths, self.config.max_unreadable))
 
     def _autocast(self) -> torch.autocast:
         dtype = AMP_DTYPES.get(self.config.amp)

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -179,11 +179,11 @@ class Faults:
                 name = " ".join(path.split())  # some have a line break
                 print(f"skipped {name}, which can't be read ({reason})", file=sys.stderr, flush=True)
         if faults and (len(self.seen) > self.limit or all(path in self.seen for path in files.paths)):
-            path, reason = next(iter(self.seen.items()))
-            raise RankError(
-                f"{len(self.seen)} images can't be read, such as {path} ({reason}); "
-                f"max-unreadable is {self.limit}"
-            )
+            raise RankError(too_many(self.seen, self.limit))
+
+
+def too_many(unreadable: Collection[str], limit: int) -> str:
+    return f"{len(unreadable)} images can't be read, such as {min(unreadable)}; max-unreadable is {limit}"
 
 
 class _Loader:
