@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,11 @@ def test_bad_recipes(tmp_path: Path, text: str, word: str) -> None:
 def test_unknown_flag_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown flag --epoch .did you mean --epochs"):
         parse_args(["--student", "wrn-10-1", "--epoch", "3"])
+
+
+def test_names_that_config_yaml_cannot_hold_are_refused() -> None:
+    with pytest.raises(ConfigError, match="is not UTF-8"):
+        parse_args(["--student", "wrn-10-1", "--output-dir", os.fsdecode(b"runs/caf\xe9")])
 
 
 def test_beta_is_each_methods_own_unless_given() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -354,11 +355,24 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
         elif "list" in str(field.annotation):
             options |= {"nargs": "*"}
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **options)
-    arguments = vars(parser.parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    for word in words:
+        if not _is_unicode(word):
+            raise ConfigError(f"{word!a} is not UTF-8")
+    arguments = vars(parser.parse_args(words))
     recipe, print_config = arguments.pop("recipe"), arguments.pop("print_config")
     flags = {key.replace("_", "-"): _unlist(key, value) for key, value in arguments.items()}
     values = load_recipe(recipe) if recipe else {}
     return make_config({key.replace("_", "-"): value for key, value in values.items()} | flags), print_config
+
+
+def _is_unicode(word: str) -> bool:
+    """False for a word that Python has made of other bytes (PEP 383), such as a file name in Latin-1."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
