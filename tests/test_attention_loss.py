@@ -133,19 +133,29 @@ def test_pairs_of_every_kind_in_one_call(reduction: str, weights: list[float] | 
         check_loss(s_feats, t_feats, weights=weights, reduction=reduction, backend=backend, upstream=4096.0)
 
 
+UPSTREAMS = {
+    "contiguous": lambda upstream: upstream,
+    "strided": lambda upstream: upstream.repeat_interleave(2)[::2],
+    "expanded": lambda upstream: upstream[2].expand(3),  # as sum() hands it back
+}
+
+
+@pytest.mark.parametrize("sides", [(0,), (1,), (0, 1)], ids=["student", "teacher", "both"])
+@pytest.mark.parametrize("layout", UPSTREAMS)
 @each_backend
-def test_upstream_gradient_of_each_pair(backend: str) -> None:
-    """reduction="none" hands every pair its own upstream gradient."""
+def test_upstream_gradient_of_each_pair(layout: str, sides: tuple[int, ...], backend: str) -> None:
+    """reduction="none" hands every pair its own upstream gradient, in whatever layout."""
     device = cases.device_of(backend)
-    s_feats = [feature(2, 4, 5, 5, seed=i, device=device) for i in range(3)]
-    t_feats = [feature(2, 6, 5, 5, seed=9 + i, device=device) for i in range(3)]
-    upstream = torch.tensor([2.0, 0.0, -3.0], device=device)
-    losses = at_fused.attention_loss(s_feats, t_feats, reduction="none", backend=backend)
-    got = torch.autograd.grad(losses, [*s_feats, *t_feats], upstream)
-    for i, grad in enumerate(got):
-        x = [s_feats[i % 3], t_feats[i % 3]]
-        loss = at_fused.attention_loss(*x, weights=[upstream[i % 3].item()], backend=backend)
-        torch.testing.assert_close(grad, torch.autograd.grad(loss, x)[i // 3])
+    feats = [[feature(2, c, 5, 5, seed=c + i, device=device) for i in range(3)] for c in (4, 6)]
+    inputs = [feat.requires_grad_(side in sides) for side in (0, 1) for feat in feats[side]]
+    wanted = [feat for feat in inputs if feat.requires_grad]
+    upstream = UPSTREAMS[layout](torch.tensor([2.0, 0.0, -3.0], device=device))
+    losses = at_fused.attention_loss(*feats, reduction="none", backend=backend)
+    got = torch.autograd.grad(losses, wanted, upstream)
+    for i, loss in enumerate(at_fused.attention_loss(*feats, reduction="none", backend="reference")):
+        pair = [feats[side][i] for side in sides]
+        expected = torch.autograd.grad(upstream[i] * loss, pair, retain_graph=True)
+        torch.testing.assert_close(list(got[i::3]), list(expected))
 
 
 @each_backend
@@ -300,8 +310,23 @@ def test_eps_bounds_the_norm_from_below(normalize: str, backend: str) -> None:
         s[0] *= 1e-3
         t[1] *= 1e-3
     check_loss([s], [t], normalize=normalize, eps=1e-2, backend=backend)
+
     s, t = pair((2, 4, 3, 3), device=cases.device_of(backend), scale=1e-7)  # Q ~ 1e-14, below the default
     check_loss([s], [t], normalize=normalize, backend=backend)
+
+
+@each_backend
+@pytest.mark.parametrize("eps, scale", [(1e-30, 1e-12), (1e-30, 1e-7), (0, 1e-12), (1e-40, 1)])
+def test_norms_whose_squares_underflow_fp32(eps: float, scale: float, backend: str) -> None:
+    """A small eps is the caller's choice: the loss is then the same for features of any scale."""
+    s, t = (feat.detach() for feat in pair((3, 5, 4, 4), device=cases.device_of(backend)))
+    p = 4 if scale == 1e-7 else 2  # maps of 1e-24 or more
+    expected = at_fused.attention_loss(s, t, p, backend="reference")
+    got = at_fused.attention_loss(scale * s, scale * t, p, eps=eps, backend=backend)
+    torch.testing.assert_close(got, expected)
+    if eps:
+        nothing = torch.zeros_like(s)
+        assert at_fused.attention_loss(nothing, nothing[:, :1], p, eps=eps, backend=backend) == 0
 
 
 @each_backend

@@ -3,6 +3,7 @@
 #include <cmath>  // before the target: what is inline here must run on any processor
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -357,13 +358,21 @@ typename Traits<V>::Scalar sum(V v) {
   return reduce(v, [](V a, V b) { return a + b; });
 }
 
-// |map| of a sum of squares, also where that overflows fp32, as for fp16's largest features to the 4th.
+// |map| of a sum of squares, also where that leaves fp32's range, as for fp16's largest features to the 4th.
 template <class Scalar>
 Scalar norm_of(Scalar squares, const Scalar* map, int64_t length) {
-  if (std::isfinite(squares)) return std::sqrt(squares);
+  constexpr Scalar exact_from = std::numeric_limits<Scalar>::min() / std::numeric_limits<Scalar>::epsilon();
+  if (std::isfinite(squares) && squares >= exact_from) return std::sqrt(squares);
   double exact = 0;
   for (int64_t i = 0; i < length; ++i) exact += static_cast<double>(map[i]) * map[i];
   return static_cast<Scalar>(std::sqrt(exact));
+}
+
+// Finite for any norm above 0: that of the smallest overflows.
+template <class Scalar>
+Scalar inverse(Scalar norm) {
+  const Scalar inverse = 1 / norm;
+  return norm > 0 && std::isinf(inverse) ? std::numeric_limits<Scalar>::max() : inverse;
 }
 
 template <class Scalar>
@@ -379,8 +388,8 @@ double distance_of(Scalar* student, Scalar* teacher, int64_t length, double eps,
   const Scalar teacher_norm = norm_of(sum(teacher_squares), teacher, length);
   const auto floor = static_cast<Scalar>(eps);
   const bool student_clamped = student_norm < floor, teacher_clamped = teacher_norm < floor;
-  const Scalar student_inverse = 1 / (student_clamped ? floor : student_norm);
-  const Scalar teacher_inverse = 1 / (teacher_clamped ? floor : teacher_norm);
+  const Scalar student_inverse = inverse(student_clamped ? floor : student_norm);
+  const Scalar teacher_inverse = inverse(teacher_clamped ? floor : teacher_norm);
 
   // With u, v the normalised maps and d = u - v: d|d|^2/dQ_S = 2 (d - u <u, d>) / |Q_S|, and likewise for v.
   V squares{}, students{}, teachers{};

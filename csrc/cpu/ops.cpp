@@ -62,9 +62,18 @@ void check_map(const Tensor& maps, const Feature& feat) {
                   "at_fused: maps must be contiguous (B, *spatial) in the accumulation dtype");
 }
 
-double read(const Tensor& values, int64_t index) {
-  return values.scalar_type() == ScalarType::Double ? static_cast<const double*>(values.data_ptr())[index]
-                                                    : static_cast<const float*>(values.data_ptr())[index];
+// One number for all features, or one for each, such as the gradient that sum() hands back: expanded.
+double read(const Tensor& scale, size_t index) {
+  const int64_t offset = scale.numel() == 1 ? 0 : static_cast<int64_t>(index) * scale.stride(0);
+  return scale.scalar_type() == ScalarType::Double ? static_cast<const double*>(scale.data_ptr())[offset]
+                                                   : static_cast<const float*>(scale.data_ptr())[offset];
+}
+
+void check_scale(const Tensor& scale, size_t features) {
+  STD_TORCH_CHECK((scale.scalar_type() == ScalarType::Double || scale.scalar_type() == ScalarType::Float) &&
+                      scale.is_cpu() && scale.dim() <= 1 &&
+                      (scale.numel() == 1 || scale.numel() == static_cast<int64_t>(features)),
+                  "at_fused: the scale must be fp32 or fp64, one or one per feature");
 }
 
 int64_t largest_map(const std::vector<Feature>& feats) {
@@ -118,7 +127,8 @@ void attention_maps_backward(std::vector<Tensor> tensors, std::vector<Tensor> sl
   for (size_t i = 0; i < feats.size(); ++i) check_map(slopes[i], feats[i]);
   std::vector<double> factors(feats.size(), 1.0);
   if (scale) {
-    for (size_t i = 0; i < feats.size(); ++i) factors[i] = read(*scale, scale->numel() == 1 ? 0 : i);
+    check_scale(*scale, feats.size());
+    for (size_t i = 0; i < feats.size(); ++i) factors[i] = read(*scale, i);
   }
   for_each_sample(feats, 2 * largest_map(feats), [&](size_t i, int64_t sample, void* scratch) {
     kernels().map_backward(feats[i], outs[i], sample, {p, max}, map_row(slopes[i], feats[i], sample), factors[i],
