@@ -188,6 +188,7 @@ class AttentionLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        _check_real("beta", beta)
         self.p = p
         self.beta = beta
         self.weights = None if weights is None else tuple(weights)
@@ -212,7 +213,8 @@ class AttentionLoss(nn.Module):
     def forward(self, s_feats: Features, t_feats: Features) -> Tensor:
         if torch.compiler.is_compiling():  # in the weights, each new beta would be compiled anew
             return self.beta * attention_loss(s_feats, t_feats, self.p, weights=self.weights, **self.options)
-        count = 1 if isinstance(s_feats, Tensor) else len(s_feats)
+        _check_real("beta", self.beta)
+        count = len(s_feats) if isinstance(s_feats, Sequence) else 1
         weights = [self.beta * weight for weight in self.weights or (1.0,) * count]
         return attention_loss(s_feats, t_feats, self.p, weights=weights, **self.options)
 
@@ -231,9 +233,13 @@ def _maps(feats: Sequence[Tensor], p: float, mapping: str, backend: str) -> list
 # --- argument checks --------------------------------------------------------------------------------
 
 
-def _check_number(name: str, value: float, *, at_least: float, finite: bool = True) -> None:
+def _check_real(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+
+
+def _check_number(name: str, value: float, *, at_least: float, finite: bool = True) -> None:
+    _check_real(name, value)
     if not value >= at_least or (finite and value == math.inf):
         raise ValueError(f"{name} must be {'a finite number ' if finite else ''}>= {at_least}, got {value}")
 
@@ -344,8 +350,7 @@ def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if isinstance(weights, (str, Tensor)) or not isinstance(weights, Sequence):
         raise TypeError(f"weights must be a sequence of numbers, got {type(weights).__name__}")
     for index, weight in enumerate(weights):
-        if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
-            raise TypeError(f"weights[{index}] must be a real number, got {type(weight).__name__}")
+        _check_real(f"weights[{index}]", weight)
     if len(weights) != count:
         raise ValueError(f"weights must have one number per pair: got {len(weights)} for {count} pairs")
     return [float(weight) for weight in weights]

@@ -24,8 +24,11 @@ def distillation_loss(
         Scalar in fp32 (fp64 for fp64 logits). An empty batch gives 0.
 
     Raises:
+        TypeError: logits that are not floating-point tensors.
         ValueError: the shapes of the logits differ, T <= 0, or alpha outside [0, 1].
     """
+    if not (s_logits.is_floating_point() and t_logits.is_floating_point()):
+        raise TypeError(f"logits must be floating point, got {s_logits.dtype} and {t_logits.dtype}")
     if s_logits.shape != t_logits.shape or s_logits.ndim != 2:
         raise ValueError(
             f"student logits {tuple(s_logits.shape)} and teacher logits {tuple(t_logits.shape)} "
@@ -48,5 +51,7 @@ def distillation_loss(
         reduction="sum",
         log_target=True,
     )
+    if targets.is_floating_point():
+        targets = targets.to(wide)
     hard = F.cross_entropy(s_logits, targets, reduction="sum")
     return (alpha * temperature**2 * soft + (1 - alpha) * hard) / batch

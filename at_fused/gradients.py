@@ -10,6 +10,9 @@ What BatchNorm does in the pass that gives J the paper leaves open (section 4.1.
 - `batch_norm="running"`: a pass of its own with the running statistics fixed; only then is J_i, in training
   too, free of the other samples, and the loss the same for any number of data-parallel ranks.
 - `batch_norm="update"`: an ordinary forward pass, which updates the running statistics once more.
+
+The choice holds in the forward pass: under activation checkpointing, which runs parts of it again in backward,
+only "update" can be used while BatchNorm trains.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, without_autocast
 from .taps import unknown_name
 
 _BATCH_NORM = ("batch", "running", "update")
@@ -163,7 +166,7 @@ def _gradient(
                 f"the model must map x {tuple(x.shape)} to logits (B, n_classes), got {_kind(logits)}"
             )
         # Outside autocast: backward follows the dtypes that forward has chosen.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             loss = _cross_entropy(logits, targets)
             (j,) = torch.autograd.grad(loss, at, create_graph=create_graph)
     return j, logits
@@ -233,7 +236,7 @@ def _tap(model: nn.Module, layer: str | None) -> Iterator[list[Tensor]]:
 
 def _half_mean_square(a: Tensor, b: Tensor | None = None) -> Tensor:
     """`1/2 mean_b |a - b|^2`, with 0 for no `b` and for an empty batch."""
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device.type):
         wide = accumulation_dtype(a.dtype)
         difference = a.to(wide) if b is None else a.to(wide) - b.to(wide)
         return difference.square().sum() / (2 * max(len(a), 1))

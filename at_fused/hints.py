@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, without_autocast
 
 
 class FeatureHints(nn.Module):
@@ -82,7 +82,9 @@ class FeatureHints(nn.Module):
 
 
 def _regressed(regressor: nn.Module, student: Tensor) -> Tensor:
-    if not isinstance(regressor, nn.Conv2d) or torch.is_autocast_enabled(student.device.type):
+    device = student.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast or not isinstance(regressor, nn.Conv2d):
         return regressor(student)
     projected = regressor(student.to(regressor.weight.dtype))
     return projected.to(torch.promote_types(projected.dtype, student.dtype))
@@ -90,7 +92,7 @@ def _regressed(regressor: nn.Module, student: Tensor) -> Tensor:
 
 def _distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over the batch of the squared l2 distance of two normalised (B, C, H, W)."""
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student.device.type):
         return (_unit(student) - _unit(teacher)).square().sum() / max(len(student), 1)
 
 

@@ -6,14 +6,21 @@ in fp32 (fp64 for fp64 features).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Computes in the dtypes of its inputs, also on devices that know no autocast ("meta")."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,7 +30,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def attention_map(feat: Tensor, p: float, mapping: str) -> Tensor:
     """Raw map F_sum^p or F_max^p of `feat` (B, C, *spatial): (B, *spatial), section 3.1 of the paper."""
-    with torch.autocast(feat.device.type, enabled=False):
+    with without_autocast(feat.device.type):
         feat = feat.to(accumulation_dtype(feat.dtype))
         if mapping == "max":
             # argmax names the first channel on ties; amax would share the gradient among them.
@@ -34,7 +41,7 @@ def attention_map(feat: Tensor, p: float, mapping: str) -> Tensor:
 
 def attention_map_backward(feat: Tensor, grad_map: Tensor, p: float, mapping: str) -> Tensor:
     """Gradient at `feat` of its raw map, given the gradient at the map: dQ * p * |A|^(p-1) * sign(A)."""
-    with torch.autocast(feat.device.type, enabled=False):
+    with without_autocast(feat.device.type):
         wide = feat.to(accumulation_dtype(feat.dtype))
         grad = grad_map.unsqueeze(1) * _abs_power_derivative(wide, p)
         if mapping == "max":
@@ -94,10 +101,16 @@ def map_distance(student: Tensor, teacher: Tensor, distance: str, norm_order: fl
     if distance == "mse":
         # An empty batch gives 0, where mean() would give NaN.
         return difference.square().sum() / max(difference.numel(), 1)
-    if norm_order == math.inf and not difference.shape[1]:
-        return difference.sum()  # no maximum of no positions: 0, as the other norms are
-    norms = torch.linalg.vector_norm(difference, norm_order, dim=1)
-    return norms.sum() / max(norms.numel(), 1)
+    if not difference.shape[1]:
+        return difference.sum()  # no maximum of no positions: 0
+    # By its largest, and of ones where there is none: no power underflows, and no derivative at 0 is needed.
+    largest = difference.detach().abs().amax(1)
+    equal = largest == 0
+    scale = largest.masked_fill(equal | largest.isinf(), 1)
+    norms = torch.linalg.vector_norm(
+        (difference / scale[:, None]).masked_fill(equal[:, None], 1), norm_order, dim=1
+    )
+    return (norms * scale).masked_fill(equal, 0).sum() / max(norms.numel(), 1)
 
 
 def loss_from_maps(
@@ -111,7 +124,7 @@ def loss_from_maps(
     eps: float,
 ) -> Tensor:
     """One pair's loss from its raw maps; the teacher's is resized to the student's grid, then normalised."""
-    with torch.autocast(student_map.device.type, enabled=False):
+    with without_autocast(student_map.device.type):
         teacher_map = resize_map(teacher_map, student_map.shape[1:], resize)
         student_map = normalize_map(student_map, normalize, eps)
         teacher_map = normalize_map(teacher_map, normalize, eps)

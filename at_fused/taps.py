@@ -30,11 +30,13 @@ class FeatureTaps:
     A module called several times in one forward pass keeps its last output. Nothing is copied: where a later
     module works in place on a recorded output (`nn.ReLU(inplace=True)`), reading it gives what that module
     left, and a UserWarning. Hooks live from construction until the `with` block ends, or until `close()`.
+    They are those of this model alone: a copy of it (such as an average of its weights) is not tapped.
 
     Raises:
         ValueError: a name that is not a submodule (close matches are listed), or a repeated one.
-        TypeError: (from the forward pass) a tapped module that does not return a tensor.
-        RuntimeError: `features` read before every tapped module has run.
+        TypeError: a name that is not a string; (from the forward pass) a tapped module that does not return
+            a tensor.
+        RuntimeError: `features` read before every tapped module has run, or after the end.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -43,6 +45,8 @@ class FeatureTaps:
         self.names = tuple(names)
         modules = dict(model.named_modules(remove_duplicate=False))
         for name in self.names:
+            if not isinstance(name, str):
+                raise TypeError(f"names must be strings, got {name!r}")
             if name not in modules:
                 raise ValueError(unknown_name(name, list(modules)))
         if len(set(self.names)) != len(self.names):
@@ -50,23 +54,21 @@ class FeatureTaps:
         self._outputs: dict[str, tuple[Tensor, int | None]] = {}  # and their versions when recorded
         self._warned: set[str] = set()
         self._handles: list[RemovableHandle] = [
-            modules[name].register_forward_hook(self._recorder(name)) for name in self.names
+            modules[name].register_forward_hook(_Recorder(modules[name], name, self._outputs))
+            for name in self.names
         ]
-
-    def _recorder(self, name: str) -> Any:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor):
-                raise TypeError(f"tapped module {name!r} returned {type(output).__name__}, not a tensor")
-            self._outputs[name] = output, _version(output)
-
-        return record
 
     @property
     def features(self) -> list[Tensor]:
         """The latest outputs, in the order of `names`."""
         missing = [name for name in self.names if name not in self._outputs]
         if missing:
-            raise RuntimeError(f"no forward pass has reached the tapped modules {missing}")
+            if not self._handles:
+                raise RuntimeError("these taps are closed: read features before the end of the with block")
+            raise RuntimeError(
+                f"no forward pass has reached the tapped modules {missing} since they were tapped (a model "
+                "under torch.compile must be tapped before its first call)"
+            )
         for name in self.names:
             output, recorded = self._outputs[name]
             versions = {recorded, _version(output)} - {None}  # what can't be told is no change
@@ -97,6 +99,28 @@ class FeatureTaps:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Recorder:
+    """The hook on one tapped module. Copied or pickled with it, it becomes one that does nothing."""
+
+    def __init__(self, module: nn.Module, name: str, outputs: dict[str, tuple[Tensor, int | None]]) -> None:
+        self.module, self.name, self.outputs = module, name, outputs
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is not self.module:  # a replica of DataParallel, say
+            return
+        if not isinstance(output, Tensor):
+            raise TypeError(f"tapped module {self.name!r} returned {type(output).__name__}, not a tensor")
+        self.outputs[self.name] = output, _version(output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _NoRecorder, ()
+
+
+class _NoRecorder:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        pass
 
 
 def _version(output: Tensor) -> int | None:

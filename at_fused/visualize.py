@@ -306,7 +306,10 @@ def _similarity(attention: Tensor, reference: Tensor) -> float:
     """Cosine of the angle between two maps, the reference resized to the other's grid as the loss does it."""
     if attention.shape != reference.shape:
         reference = _resized(reference, attention.shape)
-    return F.cosine_similarity(attention.flatten(), reference.flatten(), dim=0).item()
+    tiny = torch.finfo(torch.float64).tiny  # maps of gradients are small: the default of 1e-8 is not
+    return F.cosine_similarity(
+        attention.double().flatten(), reference.double().flatten(), dim=0, eps=tiny
+    ).item()
 
 
 def _resized(attention: Tensor, size: Sequence[int]) -> Tensor:

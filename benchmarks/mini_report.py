@@ -75,7 +75,7 @@ def answers(job: Job, dataset: folders.FileSet) -> Answers:
     for images, _ in dataset.evaluation_batches(parts):
         with torch.no_grad(), at_fused.FeatureTaps(model, LAYERS) as taps:
             predictions += [classes[i] for i in model(images).argmax(1).tolist()]
-            maps.append([at_fused.attention_map(feature) for feature in taps.features])
+            maps.append([at_fused.attention_map(feature, normalize="l2") for feature in taps.features])
     return Answers(predictions, [torch.cat(layer) for layer in zip(*maps, strict=True)])
 
 

@@ -249,6 +249,32 @@ def test_available_backends() -> None:
     assert found[-1] == "reference"
 
 
+def test_mistakes_of_the_module_are_those_of_the_function() -> None:
+    (x,) = feats(GOOD)
+    for wrong in (None, (x for _ in range(1))):
+        with pytest.raises(TypeError, match="two tensors or two sequences"):
+            at_fused.AttentionLoss()(wrong, x)  # type: ignore[arg-type]
+    for beta in ("a", torch.tensor(3.0)):
+        with pytest.raises(TypeError, match="beta must be a real number"):
+            at_fused.AttentionLoss(beta=beta)  # type: ignore[arg-type]
+    loss = at_fused.AttentionLoss()
+    loss.beta = torch.tensor(3.0)  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="beta must be a real number, got Tensor"):
+        loss(x, x)
+
+
+def test_shapes_are_found_on_the_meta_device() -> None:
+    x = torch.empty(2, 3, 4, 4, device="meta", requires_grad=True)
+    assert at_fused.attention_map(x).shape == (2, 4, 4)
+    hints = at_fused.FeatureHints(3, 5).to("meta")
+    for loss in (at_fused.attention_loss(x, x.detach()), hints(x, torch.empty(2, 5, 4, 4, device="meta"))):
+        assert loss.shape == ()
+        assert torch.autograd.grad(loss, x)[0].shape == x.shape
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3)).to("meta")
+    targets = torch.empty(2, dtype=torch.int64, device="meta")
+    assert at_fused.input_gradient(model, x, targets).shape == x.shape
+
+
 @pytest.mark.parametrize(
     "s, t, options",
     [

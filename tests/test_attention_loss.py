@@ -230,10 +230,31 @@ def test_norm_is_equation_2(backend: str) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("norm_order", [1, 2, 3])
+@pytest.mark.parametrize("norm_order", [12, 100])
+def test_high_norm_orders_of_small_differences(norm_order: int, backend: str) -> None:
+    """Their powers are below fp32."""
+    s, t = (feat.detach() for feat in pair((2, 3, 16, 16), device=cases.device_of(backend)))
+    t = s[:, :2] * 1.001
+    options = {"distance": "norm", "norm_order": norm_order}
+    inputs = [x.requires_grad_() for x in (s, t)]
+    loss = at_fused.attention_loss(s, t, backend=backend, **options)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    expected = at_fused.attention_loss(*wide, backend="reference", **options)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+    for got, exact_grad in zip(
+        torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, wide), strict=True
+    ):
+        assert got.norm() > 0
+        torch.testing.assert_close(
+            got.double(), exact_grad, rtol=1e-3, atol=1e-4 * float(exact_grad.abs().max())
+        )
+
+
+@each_backend
+@pytest.mark.parametrize("norm_order", [1, 1.5, 2, 3])
 @pytest.mark.parametrize("normalize", ["l2", "l1", None])
 def test_norm_has_zero_gradient_where_the_maps_are_equal(
-    norm_order: int, normalize: str | None, backend: str
+    norm_order: float, normalize: str | None, backend: str
 ) -> None:
     s = feature(3, 5, 4, 4, device=cases.device_of(backend))
     t = s.detach().neg().requires_grad_()  # same |A|, same map
@@ -241,8 +262,10 @@ def test_norm_has_zero_gradient_where_the_maps_are_equal(
         s, t, distance="norm", norm_order=norm_order, normalize=normalize, backend=backend
     )
     assert loss.item() == 0.0
-    grads = torch.autograd.grad(loss, [s, t])
+    grads = torch.autograd.grad(loss, [s, t], create_graph=True)
     assert all(torch.count_nonzero(g) == 0 for g in grads)
+    penalty = sum(grad.square().sum() + grad.sum() for grad in grads)
+    assert all(torch.count_nonzero(g) == 0 for g in torch.autograd.grad(penalty, [s, t]))
     # one equal sample among others must not spoil the others
     mixed = t.detach().clone()
     mixed[1:] = feature(2, 5, 4, 4, seed=5).detach().to(mixed.device)

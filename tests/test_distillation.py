@@ -87,3 +87,13 @@ def test_gradcheck() -> None:
     loss = lambda s: at_fused.distillation_loss(s, t, targets)  # noqa: E731
     assert torch.autograd.gradcheck(loss, (s,))
     assert torch.autograd.gradgradcheck(loss, (s,))
+
+
+def test_probabilities_as_targets_follow_the_logits() -> None:
+    s, t, targets = logits(3, 5, dtype=torch.float32)
+    soft = torch.nn.functional.one_hot(targets, 5).double()
+    loss = at_fused.distillation_loss(s, t, soft)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, at_fused.distillation_loss(s, t, targets))
+    with pytest.raises(TypeError, match="floating point"):
+        at_fused.distillation_loss(s.long(), t, targets)

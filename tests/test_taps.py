@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import warnings
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -167,12 +170,45 @@ def test_wrong_names(model: Net) -> None:
         at_fused.FeatureTaps(model, "stem")
     with pytest.raises(ValueError, match="stem"):
         at_fused.FeatureTaps(model, ["stem", "stem"])
+    with pytest.raises(TypeError, match="names must be strings, got 0"):
+        at_fused.FeatureTaps(model, [0])  # type: ignore[list-item]
     assert hooks(model) == 0
 
 
 def test_reading_before_a_forward_pass(model: Net) -> None:
     with at_fused.FeatureTaps(model, ["stem"]) as taps, pytest.raises(RuntimeError, match="stem"):
         _ = taps.features
+
+
+def test_reading_after_the_end(model: Net, x: Tensor) -> None:
+    with at_fused.FeatureTaps(model, ["stem"]) as taps:
+        model(x)
+    with pytest.raises(RuntimeError, match="these taps are closed"):
+        _ = taps.features
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_is_not_tapped(duplicate: Callable[[Net], Net], model: Net, x: Tensor) -> None:
+    """Such as the average of its weights that a mean teacher is."""
+    with at_fused.FeatureTaps(model, ["stem"]) as taps:
+        other = duplicate(model)
+        nn.init.zeros_(other.stem.weight)
+        with at_fused.FeatureTaps(other, ["stem"]) as others:
+            model(x)
+            other(x)
+            assert torch.equal(taps.features[0], model.stem(x))
+            assert torch.equal(others.features[0], other.stem(x))
+    other(x)
+
+
+def test_a_replica_of_the_model_is_not_recorded(model: Net, x: Tensor) -> None:
+    """As nn.DataParallel makes them: they share the hooks, and hold a part of the batch."""
+    with at_fused.FeatureTaps(model, ["stem"]) as taps:
+        replica = model.stem._replicate_for_data_parallel()
+        replica._parameters = model.stem._parameters
+        model(x)
+        replica(x[:1])
+        assert torch.equal(taps.features[0], model.stem(x))
 
 
 def test_a_module_that_was_not_reached(x: Tensor, model: Net) -> None:
@@ -250,3 +286,14 @@ def test_compiled_model(fullgraph: bool, model: Net, x: Tensor) -> None:
         loss = at_fused.attention_loss(taps.features, [torch.rand_like(expected)])
         loss.backward()
     assert torch.count_nonzero(model.stem.weight.grad) > 0
+
+
+def test_a_model_that_was_compiled_and_called_before_says_so(model: Net, x: Tensor) -> None:
+    """torch.compile takes no notice of hooks that come later."""
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(x)
+    with at_fused.FeatureTaps(model, ["group1"]) as taps:
+        compiled(x)
+        with pytest.raises(RuntimeError, match=r"torch\.compile must be tapped before its first call"):
+            _ = taps.features

@@ -187,6 +187,14 @@ def test_equal_networks_are_alike(images: Tensor, networks: Networks) -> None:
     np.testing.assert_allclose(axes[1].images[0].get_array(), axes[2].images[0].get_array(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [1e-8, 1e4])
+def test_similarity_does_not_depend_on_the_scale(images: Tensor, networks: Networks, factor: float) -> None:
+    """As small as gradients are, or as large as an early layer's p = 4."""
+    same = {"one": networks["student"], "other": [factor * feature for feature in networks["student"]]}
+    axes = drawn(attention_grid(images, same, p=4, compare_to="other"))
+    assert axes[1].get_xlabel() == "1.00"
+
+
 def test_takes_ready_maps_bytes_grey_and_half_precision(images: Tensor, networks: Networks) -> None:
     grey = (images[:, :1] * 255).to(torch.uint8)
     features = networks["student"]
