@@ -26,13 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2, alone=True)
     except ConfigError as error:
         return _fail(error, 2)
+    except OSError as error:  # a path that can't be looked at, or a full disk behind stdout
+        told = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+        return _fail(told or error, 2, alone=True)
     except KeyboardInterrupt:  # before or after the training, which answers itself
         return _fail("interrupted", 130)
 
 
 def _fail(error: object, code: int, *, alone: bool = False) -> int:
     """Say what is wrong in one line; unless a rank fails `alone`, all of a machine would say the same."""
-    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
+    if alone or "WORLD_SIZE" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code
 

@@ -11,8 +11,8 @@ What BatchNorm does in the pass that gives J the paper leaves open (section 4.1.
   too, free of the other samples, and the loss the same for any number of data-parallel ranks.
 - `batch_norm="update"`: an ordinary forward pass, which updates the running statistics once more.
 
-The choice holds in the forward pass: under activation checkpointing, which runs parts of it again in backward,
-only "update" can be used while BatchNorm trains.
+The choice holds in the forward pass: under activation checkpointing, which runs parts of it again in
+backward, only "update" can be used while BatchNorm trains.
 """
 
 from __future__ import annotations

@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"benchmarks.paper: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"benchmarks.paper: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     return 1 if failed else 0
 
 

@@ -54,7 +54,10 @@ class Job:
 
     def stored_config(self) -> dict[str, Any]:
         """The configuration that the run has written; its folder may have been moved with those beside it."""
-        config = dict(yaml.safe_load((self.folder / "config.yaml").read_text()))
+        path = self.folder / "config.yaml"
+        config = yaml.safe_load(path.read_text())
+        if not isinstance(config, dict) or "output-dir" not in config:
+            raise ConfigError(f"{path} is not a run's")
         old, new = (str(path).removesuffix(self.name) for path in (config["output-dir"], self.folder))
         moved = {key: value for key, value in config.items() if old and str(value).startswith(old)}
         return config | {key: new + value.removeprefix(old) for key, value in moved.items()}

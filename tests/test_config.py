@@ -158,6 +158,7 @@ AT = {"teacher": "wrn-10-2", "teacher-checkpoint": "t.pt"}
         ({"lr-milestones": [30, -5]}, ["lr-milestones: "]),
         ({"output-dir": ""}, ["output-dir: is empty"]),
         ({"resume": ""}, ["resume: is empty"]),
+        ({"output-dir": "a\0b"}, ["output-dir: holds a null character"]),
         ({"epochs": 0}, ["epochs: ", "'0'"]),
         ({"alpha": 1.5}, ["alpha: "]),
         ({"temperature": 0}, ["temperature: "]),
@@ -199,6 +200,19 @@ def test_bad_recipes(tmp_path: Path, text: str, word: str) -> None:
 def test_unknown_flag_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown flag --epoch .did you mean --epochs"):
         parse_args(["--student", "wrn-10-1", "--epoch", "3"])
+
+
+def test_underscores_and_hyphens_are_one_key(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("batch-size: 5\nlr: 0.1\n")
+    (tmp_path / "mid.yaml").write_text("base: base.yaml\nbatch_size: 6\n")
+    (tmp_path / "top.yaml").write_text("base: mid.yaml\nbatch-size: 7\n")
+    assert load_recipe(tmp_path / "mid.yaml") == {"batch-size": 6, "lr": 0.1}
+    assert load_recipe(tmp_path / "top.yaml") == {"batch-size": 7, "lr": 0.1}
+
+
+def test_no_pretrained_weights_are_none() -> None:
+    for word in (None, "null", "none", False, "false"):
+        assert config(pretrained=word).pretrained is False
 
 
 def test_names_that_config_yaml_cannot_hold_are_refused() -> None:

@@ -339,6 +339,7 @@ def test_one_rank_speaks_for_all_but_of_its_own(
         raise error("wrong")
 
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(engine, "train", fail)
     assert run(tmp_path / "run") == 2
     assert capsys.readouterr().err == ("train.py: error: wrong\n" if speaks else "")

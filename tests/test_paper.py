@@ -418,6 +418,13 @@ def test_out_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "no folder cifar-10-batches-py" in refused(capsys, tmp_path, "--dry-run")
 
 
+def test_a_run_of_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = plan(tmp_path / "paper").jobs[0]
+    job.folder.mkdir(parents=True)
+    (job.folder / "config.yaml").write_text("")
+    assert refused(capsys, tmp_path, "--seeds", "2") == f"{job.folder}/config.yaml is not a run's"
+
+
 def test_two_at_once_in_one_folder_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -414,6 +414,9 @@ def check_refusal(code: int, capsys: pytest.CaptureFixture[str], *words: str) ->
         ({"resume": "/nowhere.pt"}, ["/nowhere.pt"]),
         ({"limit_test": 9999}, ["limit-test 9999"]),
         ({"freeze": "conv,group1,group2,group3,bn,fc"}, ["no parameter"]),
+        ({"student": "resnet-18", "limit_train": 33, "batch_size": 32}, ["single values", "33 images by 32"]),
+        ({"student": "resnet-18", "limit_train": 20, "batch_size": 10, "accumulate": 4}, ["single values"]),
+        ({"data_dir": "/" + 300 * "x", "dataset": "cifar10"}, ["File name too long"]),
     ],
 )
 def test_mistakes_leave_no_folder(
@@ -464,9 +467,9 @@ def test_a_run_is_never_overwritten(
     before = fingerprint(student)
     check_refusal(run(student, **at_kd(teacher), lr=0.3, seed=4), capsys, str(student), "lr, seed differ")
     check_refusal(run(student, **at_kd(teacher), resume="never"), capsys, "not empty")
-    check_refusal(run(student, **at_kd(teacher), resume=teacher), capsys, "would overwrite")
-    assert run(student, **at_kd(teacher)) == 0  # the same, finished
-    assert "nothing to do" in capsys.readouterr().out
+    for other in ({}, {"resume": teacher}):
+        assert run(student, **at_kd(teacher), **other) == 0  # the same, finished
+        assert "nothing to do" in capsys.readouterr().out
     assert fingerprint(student) == before
 
     for damage in ("config.yaml", "checkpoint.pt"):
@@ -480,6 +483,12 @@ def test_a_run_is_never_overwritten(
         before = fingerprint(folder)
         check_refusal(run(folder, **at_kd(teacher)), capsys, damage)
         assert fingerprint(folder) == before
+
+    for name in ("config.yaml", "summary.json", "model.pt"):
+        (tmp_path / "kept").mkdir(exist_ok=True)
+        (tmp_path / "kept" / name).write_bytes((student / name).read_bytes())
+    check_refusal(run(tmp_path / "kept", **at_kd(teacher)), capsys, "summary.json, model.pt", "no checkpoint")
+    assert (tmp_path / "kept/summary.json").exists()
 
     (tmp_path / "file").write_text("mine")
     check_refusal(run(tmp_path / "file"), capsys, "not a folder")
@@ -500,6 +509,11 @@ def test_command_line_exits() -> None:
     )
     assert (good.returncode, good.stderr) == (0, "")
     assert yaml.safe_load(good.stdout)["epochs"] == 5
+    # What only the variables of torchrun's ranks would make sense of.
+    alone = os.environ | {"WORLD_SIZE": "2"}
+    lost = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
+    assert (lost.returncode, lost.stderr.count("\n")) == (2, 1)
+    assert "not by torchrun" in lost.stderr
 
 
 # --- stopping and resuming --------------------------------------------------------------------------
@@ -569,6 +583,69 @@ def test_signal_at_a_step(
     assert steps_done(tmp_path / "run") == step
     assert run(tmp_path / "run", **at_kd(teacher)) == 0
     check_same(tmp_path / "run", student)
+
+
+def test_max_steps_below_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "run", max_steps=3) == 0
+    assert run(tmp_path / "run", max_steps=2) == 0
+    assert "finished: nothing to do" in capsys.readouterr().out
+    (tmp_path / "run/summary.json").unlink()  # as if it had been stopped
+    check_refusal(run(tmp_path / "run", max_steps=2), capsys, "max-steps 2: the run is at step 3 already")
+
+
+def test_max_steps_where_the_run_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In mid-epoch there are no figures to end with."""
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed.StopRequest, "poll", lambda self: signal.SIGTERM)
+        assert run(tmp_path / "run") == 143
+    capsys.readouterr()
+    check_refusal(run(tmp_path / "run", max_steps=1), capsys, "max-steps 1: the run is at step 1 already")
+    assert run(tmp_path / "run", max_steps=2) == 0
+
+
+def test_a_partial_epoch_is_told_once_to_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(tmp_path / "run", max_steps=2) == 0
+    assert run(tmp_path / "run") == 0
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [4, 8, 12]
+
+
+def test_a_command_that_resumes_may_be_given_again(
+    teacher: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """As Slurm and torchrun do, with what the first attempt has made of it."""
+    keys, polls = at_kd(teacher), iter(range(1, 99))
+    monkeypatch.setattr(
+        distributed.StopRequest, "poll", lambda self: signal.SIGTERM * (next(polls) in (2, 5))
+    )
+    assert run(tmp_path / "old", **keys) == 143
+    assert run(tmp_path / "new", **keys, resume=tmp_path / "old") == 143
+    assert steps_done(tmp_path / "new") == 5
+    assert run(tmp_path / "new", **keys, resume=tmp_path / "old") == 0
+    assert "continuing there" in capsys.readouterr().out
+    check_same(tmp_path / "new", student)
+
+
+@pytest.mark.slow
+def test_two_trainings_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    process = start(folder, epochs=50, checkpoint_every=1)
+    try:
+        wait_for_step(folder, 1, process)
+        assert run(folder, epochs=50, checkpoint_every=1) == 2
+        assert "another training is at work there" in capsys.readouterr().err
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+    assert run(folder, epochs=50, checkpoint_every=1, max_steps=steps_done(folder) + 1) == 0, (
+        "freed by the kill"
+    )
 
 
 def test_signal_at_the_last_step_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

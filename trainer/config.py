@@ -200,12 +200,15 @@ class Config(BaseModel):
     def _named(cls, value: Any) -> Any:
         if value == "":  # else the current folder, where a variable of the shell is not set
             raise ValueError("is empty")
+        if "\0" in str(value):
+            raise ValueError("holds a null character")
         return value
 
     @field_validator("pretrained", mode="before")
     @classmethod
     def _word_or_path(cls, value: Any) -> Any:
-        return {"true": True, "false": False}.get(str(value).lower(), Path(str(value)))
+        words = {"true": True, "false": False, "null": False, "none": False}
+        return words.get(str(value).lower(), Path(str(value)))
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -323,7 +326,7 @@ def load_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in above:
         raise ConfigError(f"recipe {path} is its own base")
     try:
-        own = yaml.safe_load(path.read_text())
+        own = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"recipe {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -332,6 +335,7 @@ def load_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         own = {}
     if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
         raise ConfigError(f"recipe {path} must be a mapping of keys to values")
+    own = {key.replace("_", "-"): value for key, value in own.items()}
     bases = own.pop("base", None) or []
     keys: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
@@ -363,7 +367,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
     recipe, print_config = arguments.pop("recipe"), arguments.pop("print_config")
     flags = {key.replace("_", "-"): _unlist(key, value) for key, value in arguments.items()}
     values = load_recipe(recipe) if recipe else {}
-    return make_config({key.replace("_", "-"): value for key, value in values.items()} | flags), print_config
+    return make_config(values | flags), print_config
 
 
 def _is_unicode(word: str) -> bool:

@@ -70,8 +70,15 @@ def ranks(config: Config) -> Iterator[Ranks]:
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
         raise ConfigError("device cuda: there is no CUDA device here")
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:
+        world, local, here = (
+            int(os.environ.get(name, default))
+            for name, default in (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are torchrun's numbers: {error}"
+        ) from None
     if cuda and here > torch.cuda.device_count():
         raise ConfigError(f"{here} ranks on this machine, but {torch.cuda.device_count()} CUDA devices")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -80,7 +87,10 @@ def ranks(config: Config) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, device)
         return
-    store, rank, world = next(rendezvous("env://"))
+    try:
+        store, rank, world = next(rendezvous("env://"))
+    except ValueError as error:  # a variable is missing
+        raise ConfigError(f"WORLD_SIZE is {world}, but not by torchrun: {error}") from None
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=fresh_store(store, rank, world, dist.default_pg_timeout),

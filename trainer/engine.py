@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from trainer import checkpoint, data, distributed, folders, reporting, resume, schedules
+from trainer import checkpoint, data, distributed, folders, lock, reporting, resume, schedules
 from trainer.config import Config, ConfigError
 from trainer.distributed import Ranks
 from trainer.objectives import Objective, Tapped, add_hints, describe, tap_names
@@ -115,7 +115,11 @@ class Run:
         self.sums = torch.zeros(SUMS, dtype=torch.float64, device=ranks.device)
         if self.start.checkpoint is not None:
             self._restore(self.start.checkpoint)
-        self.finished = (self.folder / "summary.json").exists() and self.progress.step >= self.last_step
+        step, mid_epoch = self.progress.step, self.progress.step % self.steps_per_epoch
+        self.finished = (self.folder / "summary.json").exists() and step >= self.last_step
+        told = step == self.last_step and (not mid_epoch or self.progress.partial)
+        if step >= self.last_step and not (self.finished or told):
+            raise ConfigError(f"max-steps {config.max_steps}: the run is at step {step} already")
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -157,15 +161,55 @@ class Run:
             names = tap_names(config, self.student, teacher) if config.uses_features else names
             self.teacher = _tapped(teacher.to(device).eval().requires_grad_(False), names[1])
         self.tapped = _tapped(self.student.to(device), names[0])
+        self._try_student()
         if config.uses_hints and self.teacher is not None:
             add_hints(self.tapped, self.teacher, self.dataset.example())
         self.objective = Objective(config, self.tapped, self.teacher)
-        self.terms = describe(self.objective, self.dataset.example())
+        batch = min(config.batch_size, len(self.dataset.train))
+        self.terms = describe(self.objective, self.dataset.example(), batch)
         self.forward: nn.Module = self.tapped
         if self.ranks.world > 1:
             self.forward = distributed.data_parallel(self.tapped)
         if config.compile:
             self._compile_models()
+
+    def _try_student(self) -> None:
+        """ConfigError where the student can't take the images, or a batch of one in training."""
+        config, lone = self.config, []
+        norms = [m for m in self.student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        hooks = [
+            norm.register_forward_pre_hook(
+                lambda norm, args: lone.append(args[0].numel() == args[0].shape[1])
+            )
+            for norm in norms
+        ]
+        try:
+            with torch.no_grad():
+                self.student.eval()(self.dataset.example())
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{config.student} can't take the images of {config.dataset}: {reason}"
+            ) from None
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if any(lone) and self._smallest_part() == 1 and not (config.freeze_bn or config.sync_bn):
+            raise ConfigError(
+                f"{config.student} normalises single values of these images, and can't train on one image "
+                f"alone, as a part of a batch is ({len(self.dataset.train)} images by {config.batch_size}, "
+                f"{self.ranks.world} ranks, accumulate {config.accumulate}): choose another batch-size"
+            )
+
+    def _smallest_part(self) -> int:
+        """Images in the smallest forward pass of an epoch."""
+        size, config = len(self.dataset.train), self.config
+        batches = {min(config.batch_size, size), size % config.batch_size} - {0}
+        shares = {batch // self.ranks.world for batch in batches}
+        shares |= {-(-batch // self.ranks.world) for batch in batches}
+        return min(len(part) for share in shares for part in torch.empty(share).chunk(config.accumulate))
 
     def _compile_models(self) -> None:
         # Static shapes: a kernel for each size of a batch is faster than one for all. Parts of batches, last
@@ -186,14 +230,19 @@ class Run:
     # --- training -------------------------------------------------------------------------------------
 
     def train(self) -> int:
+        with ExitStack() as stack:
+            if self.ranks.first:
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(lock.claimed(self.folder))
+                    (self.folder / "summary.json").unlink(missing_ok=True)  # the run is no longer finished
+                    checkpoint.write_atomically(self.folder / "config.yaml", self.config.to_yaml().encode())
+                except OSError as error:
+                    raise ConfigError(f"output-dir {self.folder}: {error.strerror}") from None
+            return self._train()
+
+    def _train(self) -> int:
         config, progress, reporter = self.config, self.progress, self.reporter
-        if self.ranks.first:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "summary.json").unlink(missing_ok=True)  # the run is no longer finished
-                checkpoint.write_atomically(self.folder / "config.yaml", config.to_yaml().encode())
-            except OSError as error:
-                raise ConfigError(f"output-dir {self.folder}: {error.strerror}") from None
         parameters = sum(parameter.numel() for parameter in self.student.parameters())
         reporter.say(
             f"{config.student} ({parameters:,} parameters) on {config.dataset}: {len(self.dataset.train)} "
@@ -213,7 +262,8 @@ class Run:
             if self.start.path != self.folder / checkpoint.LATEST:
                 self._save(keep_latest=False)
         with closing(distributed.StopRequest(self.ranks)) as stop, closing(reporter):
-            reporter.open(self.folder, self.last_step, progress.step)
+            # A continued epoch is told anew.
+            reporter.open(self.folder, self.last_step, progress.step, retold=progress.partial is not None)
             while progress.step < self.last_step:
                 signal = self._train_epoch(stop)
                 if signal and progress.step < self.last_step:

@@ -178,8 +178,10 @@ class Faults:
                 self.seen[path] = reason
                 name = " ".join(path.split())  # some have a line break
                 print(f"skipped {name}, which can't be read ({reason})", file=sys.stderr, flush=True)
-        if faults and (len(self.seen) > self.limit or all(path in self.seen for path in files.paths)):
+        if len(self.seen) > self.limit:
             raise RankError(too_many(self.seen, self.limit))
+        if faults and all(path in self.seen for path in files.paths):
+            raise RankError(f"no image of a split can be read, {files.paths[0]} among them")
 
 
 def too_many(unreadable: Collection[str], limit: int) -> str:

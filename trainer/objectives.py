@@ -140,8 +140,9 @@ def add_hints(student: Tapped, teacher: Tapped, image: Tensor) -> None:
         raise ConfigError(f"taps {list(student.taps.names)}: {error}") from None
 
 
-def describe(objective: Objective, image: Tensor) -> list[str]:
-    """What the transfer term compares, found with one `image` (1, 3, H, W), and with what weight: lines.
+def describe(objective: Objective, image: Tensor, batch: int) -> list[str]:
+    """What the transfer term compares, found with one `image` (1, 3, H, W), and with what weight in a `batch`
+    of so many: lines.
 
     The paper's beta "divided by number of elements in attention map and batch size" (section 4.1.1) is what
     the mean over both amounts to. What cannot be compared raises ConfigError.
@@ -151,7 +152,7 @@ def describe(objective: Objective, image: Tensor) -> list[str]:
         return []
     late = f" from epoch {config.at_start_epoch}" if config.at_start_epoch else ""
     lines = [f"beta {config.beta:g}, {config.beta_schedule}{late}"]
-    per_image = config.beta / config.batch_size
+    per_image = config.beta / batch
     if config.uses_gradients:
         where = f"output of {config.gradient_layer}" if config.gradient_layer else "input"
         student.eval()

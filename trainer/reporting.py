@@ -27,13 +27,16 @@ class Reporter:
     def say(self, line: str) -> None:
         self.console.print(line, markup=False)
 
-    def open(self, folder: Path, steps: int, done: int) -> None:
-        """Start the progress bar (terminals only) and TensorBoard (superseding events after step `done`)."""
+    def open(self, folder: Path, steps: int, done: int, *, retold: bool) -> None:
+        """Start the progress bar (terminals only) and TensorBoard.
+
+        Events after step `done` are superseded, with `retold` also those of that step.
+        """
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only runs that train pay for it
 
-        self._tensorboard = SummaryWriter(str(folder), purge_step=done + 1 if done else None)  # type: ignore[no-untyped-call]
+        self._tensorboard = SummaryWriter(str(folder), purge_step=done + (not retold) if done else None)  # type: ignore[no-untyped-call]
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -58,7 +61,8 @@ class Reporter:
             if metrics[name]
         ]
         self.say(
-            f"epoch {metrics['epoch']}/{epochs}  loss {metrics['train_loss']:.4f} ({', '.join(terms)})  "
+            f"epoch {metrics['epoch']}/{epochs}  loss {metrics['train_loss']:.4f}"
+            f"{' (' + ', '.join(terms) + ')' if terms else ''}  "
             f"train error {metrics['train_error']:.2f} %  {test_errors(metrics)}  "
             f"lr {metrics['lr']:.3g}  {metrics['images_per_second']:.0f} images/s  {metrics['seconds']:.0f} s"
         )

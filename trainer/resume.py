@@ -10,6 +10,7 @@ import yaml
 
 from trainer import checkpoint
 from trainer.config import Config, ConfigError, differing_keys
+from trainer.lock import LOCK
 
 ARTEFACTS = (
     "config.yaml",
@@ -20,6 +21,8 @@ ARTEFACTS = (
     "model.pt",
     "curves.png",
 )
+RESULTS = ("metrics.jsonl", "summary.json", "model.pt")  # written after the first checkpoint
+OTHER_FOLDER = "choose another output-dir"
 
 
 class Start(NamedTuple):
@@ -45,30 +48,38 @@ def find_start(config: Config) -> Start:
             raise ConfigError(f"output-dir {folder} is not a folder")
     except OSError as error:
         raise ConfigError(f"output-dir {folder}: {error.strerror}") from None
-    used = folder.is_dir() and any(folder.iterdir())
+    used = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
     if config.resume == "never" and used:
         raise ConfigError(f"output-dir {folder} is not empty, and resume is never")
     held = [name for name in ARTEFACTS if (folder / name).exists()]
     if held:
-        _check_same_run(_stored_config(folder), config, f"output-dir {folder}", ["teacher-checkpoint"])
-    source = folder
+        _check_same_run(
+            _stored_config(folder), config, f"output-dir {folder}", ["teacher-checkpoint"], OTHER_FOLDER
+        )
+    source, notices = folder, []
     if config.resume not in ("auto", "never"):
         path = Path(config.resume)
         source = path if path.is_dir() else path.parent
-        if (folder / checkpoint.LATEST).exists() and not (source.exists() and source.samefile(folder)):
-            raise ConfigError(
-                f"output-dir {folder} holds a run, which resume {config.resume} would overwrite"
-            )
-        if not path.is_dir():
+        begun = (folder / checkpoint.LATEST).exists() or (folder / checkpoint.PREVIOUS).exists()
+        if begun and not (source.exists() and source.samefile(folder)):  # the same command, given again
+            notices.append(f"output-dir {folder} has gone on from resume {config.resume}: continuing there")
+            source = folder
+        elif not path.is_dir():
             return Start(folder, path, _resumable(checkpoint.load(path), path, config))
     found = checkpoint.load_latest(source)
     if found is None:  # empty, or killed before its first checkpoint
         if source is not folder:
             raise ConfigError(f"resume {config.resume}: the folder holds no checkpoint")
+        if results := [name for name in RESULTS if name in held]:
+            raise ConfigError(
+                f"output-dir {folder} holds results ({', '.join(results)}), and no checkpoint to continue "
+                f"from; {OTHER_FOLDER}"
+            )
         return Start(folder)
     stored, path, fault = found
-    notice = f"{fault}; continuing from the checkpoint before it" if fault else None
-    return Start(folder, path, _resumable(stored, path, config), notice)
+    if fault:
+        notices.append(f"{fault}; continuing from the checkpoint before it")
+    return Start(folder, path, _resumable(stored, path, config), "; ".join(notices) or None)
 
 
 def _resumable(stored: dict[str, Any], path: Path, config: Config) -> dict[str, Any]:
@@ -82,7 +93,7 @@ def _resumable(stored: dict[str, Any], path: Path, config: Config) -> dict[str, 
 
 def _stored_config(folder: Path) -> dict[str, Any]:
     try:
-        stored = yaml.safe_load((folder / "config.yaml").read_text())
+        stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         stored = None
     if not isinstance(stored, dict):
@@ -90,8 +101,9 @@ def _stored_config(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _check_same_run(stored: dict[str, Any], config: Config, where: str, free: Sequence[str] = ()) -> None:
+def _check_same_run(
+    stored: dict[str, Any], config: Config, where: str, free: Sequence[str] = (), advice: str = ""
+) -> None:
     if keys := [key for key in differing_keys(stored, config) if key not in free]:
-        raise ConfigError(
-            f"{where} holds a different run: {', '.join(keys)} differ; choose another output-dir"
-        )
+        line = f"{where} holds a different run: {', '.join(keys)} differ"
+        raise ConfigError(f"{line}; {advice}" if advice else line)
