@@ -169,10 +169,18 @@ def test_pieces_are_run_once_and_their_failures_again(tmp_path: Path) -> None:
 
 
 def test_no_piece_starts_after_the_budget(tmp_path: Path) -> None:
-    now = iter([0.0, 0.0, 99.0, 100.0])
+    now = iter([0.0, 0.0, 50.0, 100.0])
     todo = [piece(name, "") for name in ("first", "second", "third")]
     states = gpu.run_missing(todo, gpu.Record(tmp_path), 100, clock=lambda: next(now))
     assert [state.split()[0] for state in states.values()] == ["done", "done", "not"]
+
+
+def test_the_budget_ends_a_piece_which_is_no_failure(tmp_path: Path) -> None:
+    told: list[dict[str, str]] = []
+    todo = [piece("endless", "import time; time.sleep(60)"), piece("next", "")]
+    states = gpu.run_missing(todo, gpu.Record(tmp_path), 1, finished=lambda states: told.append(dict(states)))
+    assert states == {"endless": "not done within the budget", "next": "not run"}
+    assert told == [{"endless": "not done within the budget"}]
 
 
 def test_a_piece_is_ended_with_all_it_started(tmp_path: Path) -> None:

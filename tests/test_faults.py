@@ -25,7 +25,7 @@ import train
 from trainer import checkpoint, data, distributed, engine
 from trainer.config import ConfigError, RankError
 
-KEYS = {**SMALL, "epochs": 2, "checkpoint-every": 1}  # 8 steps
+KEYS = {**SMALL, "device": "cpu", "epochs": 2, "checkpoint-every": 1}  # 8 steps
 
 
 def run(folder: Path, **keys: Any) -> int:

@@ -419,7 +419,7 @@ def test_out_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_run_of_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = plan(tmp_path / "paper").jobs[0]
+    job = plan(tmp_path, schedule="paper").jobs[0]
     job.folder.mkdir(parents=True)
     (job.folder / "config.yaml").write_text("")
     assert refused(capsys, tmp_path, "--seeds", "2") == f"{job.folder}/config.yaml is not a run's"

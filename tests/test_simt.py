@@ -312,9 +312,10 @@ def test_stages_of_resnet_18(layout) -> None:
 
 
 def test_the_suite() -> None:
-    """Every test of the loss and the maps with this backend, in a random order of the threads."""
+    """Every test of the loss, the maps and what they are used with, in a random order of the threads."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "simt.backend", "-p", "no:cacheprovider"]
-    command += ["-k", "cuda and not max", "test_attention_loss.py", "test_attention_map.py"]
+    files = ["test_attention_loss.py", "test_attention_map.py", "test_compositions.py"]
+    command += ["-k", "cuda and not max and not resident_memory", *files]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     tests = Path(__file__).parent
     result = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True)

@@ -62,8 +62,8 @@ def _child(backend: str, threads: int, path: Path) -> None:
 @pytest.mark.parametrize("method, threads", [("fork", 1), ("spawn", 2)])
 def test_child_processes(method: str, threads: int, backend: str, tmp_path: Path) -> None:
     """A forked child (with one thread, as in a DataLoader) and a spawned one get the parent's bits."""
-    if method == "fork" and cases.device_of(backend) == "cuda":
-        pytest.skip("CUDA does not survive a fork")
+    if method == "fork" and torch.cuda.is_available():
+        pytest.skip("where there is CUDA, autograd's threads do not survive a fork")
     torch.set_num_threads(2)  # the parent has a pool of threads, which a fork does not copy
     expected = value_and_gradients(backend)
     path = tmp_path / "child.pt"

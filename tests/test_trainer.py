@@ -274,6 +274,22 @@ def test_autocast_trains(amp: str, teacher: Path, tmp_path: Path) -> None:
         assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["scaler"]["scale"] > 1
 
 
+def test_momentum_is_there_before_a_first_step_that_is_skipped(tmp_path: Path) -> None:
+    """Fused SGD allocates it, and leaves it unset where fp16 overflows: zeros give the same first step."""
+    config = make_config(SMALL | {"amp": "fp16", "output-dir": tmp_path / "run"})
+    run = engine.Run(config, Ranks(0, 1, CPU))
+    buffers = [run.optimizer.state[p]["momentum_buffer"] for p in run.student.parameters()]
+    assert all(torch.count_nonzero(buffer) == 0 for buffer in buffers)
+    gradients = [torch.randn_like(p) for p in run.student.parameters()]
+    before = [p.detach().clone() for p in run.student.parameters()]
+    for parameter, gradient in zip(run.student.parameters(), gradients, strict=True):
+        parameter.grad = gradient.clone()
+    run.optimizer.step()
+    decay, lr = config.weight_decay, config.lr
+    for now, old, gradient in zip(run.student.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(now, old - lr * (gradient + decay * old))
+
+
 def test_accumulation_gives_the_gradient_of_the_whole_batch(teacher: Path, tmp_path: Path) -> None:
     """With BatchNorm frozen; 64 and 8 images in 3 parts of unequal size."""
     keys = at_kd(teacher) | {"freeze_bn": "true", "epochs": 1, "lr": 0.02}

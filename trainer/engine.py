@@ -109,6 +109,11 @@ class Run:
             weight_decay=config.weight_decay,
             fused=fused,
         )
+        if config.amp == "fp16" and config.momentum:
+            # A first step that overflows is skipped: fused SGD then leaves momentum as it was allocated.
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.watch = Watch(self.student, scaled=config.amp == "fp16")
         self.progress = Progress()

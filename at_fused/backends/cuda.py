@@ -17,7 +17,7 @@ _MAX_PAIRS = 16  # per launch, as in csrc/cuda/feature.cuh
 
 def unavailable() -> str | None:
     """Loads the library; None when it is there, fits this torch, and there is a GPU."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.device_count():  # unlike is_available, leaves CUDA to children that are forked later
         return "there is no CUDA device"
     if torch.version.hip:
         return "it serves CUDA devices, not ROCm"

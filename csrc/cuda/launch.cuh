@@ -1,6 +1,8 @@
 // Launches a kernel on a grid of clusters.
 #pragma once
 
+#include <mutex>
+
 #include "plan.h"
 
 namespace at_fused::cuda {
@@ -8,6 +10,8 @@ namespace at_fused::cuda {
 template <class Table>
 cudaError_t launch(void (*kernel)(Table), const Grid& grid, const Table& table, cudaStream_t stream) {
   if (grid.blocks == 0) return cudaSuccess;
+  static std::mutex launching;  // the size is set for the kernel, not for the launch: no other may come between
+  const std::lock_guard<std::mutex> alone(launching);
   if (grid.shared_bytes > 48 << 10) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
