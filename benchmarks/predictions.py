@@ -64,7 +64,7 @@ def cells_table(rows: Sequence[Row]) -> Table:
             ]
             line.append(f"{min(times):.1f}" if times else NOT_MEASURED)
         lines.append(line)
-    return Table("Bytes that must move, kernels and fills launched, forward + backward, all pairs", headers, lines)
+    return Table("Bytes to move, kernels and fills to launch, forward + backward, all pairs", headers, lines)
 
 
 # --- goals ------------------------------------------------------------------------------------------
