@@ -8,6 +8,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
+#SBATCH --open-mode=append
 
 # One torchrun per node. SIGTERM, two minutes before the end, makes the run save and stop; requeued, it resumes.
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -18,3 +19,8 @@ srun torchrun \
     train.py --recipe recipes/table5/at.yaml --data-dir "$IMAGENET" \
     --teacher-checkpoint "$TEACHER" \
     --amp bf16 --channels-last true --workers 7 --checkpoint-every 500 --output-dir "$OUTPUT"
+
+# Slurm itself requeues after a node has failed, not after the time limit.
+if [ -e "$OUTPUT/checkpoint.pt" ] && [ ! -e "$OUTPUT/summary.json" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
