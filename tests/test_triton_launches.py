@@ -10,12 +10,14 @@ from pathlib import Path
 
 import cases
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent / "driver"
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver that does more than listen")
 @pytest.mark.skipif(cases.INTERPRETED, reason="the interpreter launches nothing")
 @pytest.mark.skipif(
     not Path(sysconfig.get_path("include"), "Python.h").exists(), reason="Triton needs Python's headers"
