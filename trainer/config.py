@@ -151,7 +151,7 @@ class Config(BaseModel):
     output_dir: Path | None = None
     """where the run writes"""
     resume: str = "auto"
-    """auto: go on with the run in output-dir; never: that must be empty; a path: begin with that checkpoint"""
+    """auto: go on with the run in output-dir; never: that is empty; a path: begin with that checkpoint"""
     checkpoint_every: int = Field(0, ge=0)
     """steps between checkpoints; 0: at the end of each epoch"""
     max_steps: int | None = Field(None, ge=1)
