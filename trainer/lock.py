@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from trainer.config import ConfigError
 
@@ -25,12 +27,28 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another is at work there.
     """
-    with open(folder / LOCK, "a") as file:
-        try:
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ConfigError(f"output-dir {folder}: another training is at work there") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
+    path = folder / LOCK
+    while True:
+        with open(path, "a") as file:
+            try:
+                if fcntl:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ConfigError(f"output-dir {folder}: another training is at work there") from None
+            except OSError:
+                pass  # a file system without locks
+            if not _is_at(file, path):
+                continue  # its last holder has just removed it
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    path.unlink()
+            return
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
