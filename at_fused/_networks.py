@@ -6,6 +6,7 @@ a ValueError of one line.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import importlib.util
@@ -210,7 +211,8 @@ def _read(architecture: Architecture, path: Path) -> nn.Module:
 def _state(path: Path) -> dict[str, Tensor]:
     """The weights in a file, unwrapped from a checkpoint and from wrappers' prefixes."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # beside the weights, in RepDistiller's
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"checkpoint {path}: {error.strerror or error}") from None
     except Exception:  # zip, pickle and torch each raise their own kinds

@@ -68,10 +68,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--rows", nargs="+", metavar="ROW", help="such as wrn-16-1-from-wrn-16-2 (default: all)")
     add("--columns", nargs="+", metavar="COLUMN", help="such as student at (default: what the paper reports)")
-    add("--seeds", type=positive, metavar="N", help="train seeds 0 to N-1 (default: as many as the paper)")
     add(
-        "--epochs", type=positive, metavar="N", help="instead of the schedule's; at-start-epoch in proportion"
+        "--seeds",
+        type=positive,
+        metavar="N",
+        help="train seeds 0 to N-1 (default: as many as the paper), of teachers only seed 0",
     )
+    add("--epochs", type=positive, metavar="N", help="instead of the schedule's, which shrinks in proportion")
     add("--data-dir", required=True, type=absolute, metavar="DIR", help="as for train.py")
     add("--out", required=True, type=folder, metavar="DIR", help="where runs and results go")
     add("--teacher-checkpoint", type=absolute, metavar="FILE", help="use these weights, train no teacher")

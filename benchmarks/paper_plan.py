@@ -271,10 +271,13 @@ def _long_enough(stored: Mapping[str, Any], epochs: int, wanted: Config) -> bool
 
 
 def with_epochs(keys: Mapping[str, Any], epochs: int) -> dict[str, Any]:
-    """A recipe's keys with other epochs: the transfer term starts after the same share of them."""
+    """A recipe's keys with other epochs: what happens at an epoch happens after the same share of them."""
     keys = dict(keys)
     if start := keys.get("at-start-epoch"):
         keys["at-start-epoch"] = start * epochs // keys["epochs"]
+    for name in ("lr-milestones", "beta-milestones"):
+        if milestones := keys.get(name):
+            keys[name] = [-(-milestone * epochs // keys["epochs"]) for milestone in milestones]
     return keys | {"epochs": epochs}
 
 

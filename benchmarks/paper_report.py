@@ -131,7 +131,8 @@ def _change(entry: Entry, base: Entry, key: str) -> str:
 
 
 def curves(result: Entry) -> bytes:
-    """Figure 7 as PNG: errors against the epoch, test solid and training dashed, medians over seeds.
+    """Figure 7 as PNG: errors (top-1; the paper's (a) has the top-5 one) against the epoch, test solid and
+    training dashed, medians over seeds.
 
     A panel per row of the table; the teacher's last test error is a dotted line.
     """
@@ -147,7 +148,7 @@ def curves(result: Entry) -> bytes:
         for number, entry in enumerate(entries):
             colour = f"C{number}"
             label = f"{entry['label']}: {entry['median_last']:.2f} %"
-            if entry["column"] == TEACHER:
+            if entry["column"].endswith(TEACHER):
                 axes.axhline(entry["median_last"], color="0.5", linestyle=":", label=label)
                 continue
             test, train = (_medians(entry["runs"], key) for key in ("test_error", "train_error"))

@@ -7,6 +7,7 @@ among the parameters or beside them), and the WRN `state_dict`s of RepDistiller 
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ def load_pretrained(path: str | Path, name: str | None = None) -> TappedModel:
     from models import create
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # RepDistiller's command line
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # zip, pickle and torch each raise their own kinds

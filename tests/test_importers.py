@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def test_authors_wrn(blocks: int, width: int, wrap: Any, tmp_path: Path) -> None
 
 REPDISTILLER_FILES = {
     "RepDistiller": lambda w: {"epoch": 240, "model": w, "best_acc": 75.6, "optimizer": {}},
+    "RepDistiller, last": lambda w: {"opt": argparse.Namespace(model="wrn_16_2", lr=0.05), "model": w},
     "mdistiller": lambda w: {"model": {f"module.{k}": v for k, v in w.items()}, "epoch": 240},
     "mdistiller's distiller": lambda w: {
         "model": {f"module.student.{k}": v for k, v in w.items()}

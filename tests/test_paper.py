@@ -133,6 +133,12 @@ def test_the_transfer_term_starts_after_the_same_share_of_fewer_epochs(tmp_path:
         assert starts == {"at": start, "at-code": 0}
 
 
+def test_the_learning_rate_falls_after_the_same_share_of_fewer_epochs(tmp_path: Path) -> None:
+    for epochs, milestones in ((None, [60, 120, 160]), (20, [6, 12, 16]), (1, [1, 1, 1])):
+        config = plan(tmp_path, schedule="paper", epochs=epochs).jobs[0].config
+        assert config.lr_milestones == milestones
+
+
 def test_keys_of_every_run(tmp_path: Path) -> None:
     words = "table1 --data-dir d --out o --set amp=bf16 channels-last=true compile=true --jobs 2"
     keys = dict(paper._parse(words.split()).set)

@@ -86,7 +86,7 @@ table1/wrn-16-1: {lr: 0.1, batch-size: 128, epochs: 200, weight-decay: 5.0e-4, m
   lr-schedule: step, lr-milestones: [60, 120, 160], lr-gamma: 0.2, augment: crop-flip, amp: none}
 table1/wrn-16-1-from-wrn-16-2/at: {student: wrn-16-1, teacher: wrn-16-2, method: at, beta: 1000,
   distance: mse, p: 2, mapping: sum, normalize: l2, taps: groups, beta-schedule: constant, lr: 0.1}
-table1/wrn-16-1-from-wrn-16-2/at-eq2: {method: at, beta: 0.05, distance: norm, norm-order: 2, p: 2}
+table1/wrn-16-1-from-wrn-16-2/at-eq2: {method: at, beta: 6.4, distance: norm, norm-order: 2, p: 2}
 table1/wrn-16-1-from-wrn-40-1/kd: {method: kd, temperature: 4, alpha: 0.9, teacher: wrn-40-1}
 table1/wrn-16-2-from-wrn-40-2/at-kd: {method: at+kd, beta: 1000, beta-schedule: linear, temperature: 4,
   alpha: 0.9, student: wrn-16-2, teacher: wrn-40-2, distance: mse}
@@ -108,7 +108,7 @@ table4/scenes/teacher: {dataset: imagefolder, pretrained: true, freeze-bn: true,
   student: resnet-34}
 table5/at: {dataset: imagefolder, batch-size: 256, epochs: 100, lr: 0.1, lr-milestones: [30, 60, 90],
   lr-gamma: 0.1, weight-decay: 1.0e-4, taps: [layer3, layer4], at-start-epoch: 60, method: at, p: 2}
-table5/at-code: {taps: groups, at-start-epoch: 0}
+table5/at-code: {taps: groups, at-start-epoch: 0, beta: 2000}
 """
 
 

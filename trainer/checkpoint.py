@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -102,7 +103,8 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], Path, str | None] | None:
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, weights only. Missing, damaged or foreign files raise ConfigError."""
     try:
-        with warnings.catch_warnings():
+        # RepDistiller's checkpoints hold their command line beside the weights.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # the unpickler's, of what it then refuses
             state = torch.load(path, map_location="cpu", weights_only=True)
         if zipfile.is_zipfile(path):
