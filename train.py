@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(error, 2)
     except OSError as error:  # a path that can't be looked at, or a full disk behind stdout
-        told = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
-        return _fail(told or error, 2, alone=True)
+        if error.errno is None:
+            raise
+        return _fail(": ".join(str(part) for part in (error.filename, error.strerror) if part), 2, alone=True)
     except KeyboardInterrupt:  # before or after the training, which answers itself
         return _fail("interrupted", 130)
 

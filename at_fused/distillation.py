@@ -27,8 +27,10 @@ def distillation_loss(
         TypeError: logits that are not floating-point tensors.
         ValueError: the shapes of the logits differ, T <= 0, or alpha outside [0, 1].
     """
-    if not (s_logits.is_floating_point() and t_logits.is_floating_point()):
-        raise TypeError(f"logits must be floating point, got {s_logits.dtype} and {t_logits.dtype}")
+    for logits in (s_logits, t_logits):
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+            raise TypeError(f"logits must be floating-point tensors, got {kind}")
     if s_logits.shape != t_logits.shape or s_logits.ndim != 2:
         raise ValueError(
             f"student logits {tuple(s_logits.shape)} and teacher logits {tuple(t_logits.shape)} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+import weakref
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
@@ -66,8 +67,8 @@ class FeatureTaps:
             if not self._handles:
                 raise RuntimeError("these taps are closed: read features before the end of the with block")
             raise RuntimeError(
-                f"no forward pass has reached the tapped modules {missing} since they were tapped (a model "
-                "under torch.compile must be tapped before its first call)"
+                f"no forward pass has reached the tapped modules {missing} of this very model (a copy has no "
+                "taps; under torch.compile a model must be tapped before its first call)"
             )
         for name in self.names:
             output, recorded = self._outputs[name]
@@ -105,10 +106,10 @@ class _Recorder:
     """The hook on one tapped module. Copied or pickled with it, it becomes one that does nothing."""
 
     def __init__(self, module: nn.Module, name: str, outputs: dict[str, tuple[Tensor, int | None]]) -> None:
-        self.module, self.name, self.outputs = module, name, outputs
+        self.module, self.name, self.outputs = weakref.ref(module), name, outputs
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is not self.module:  # a replica of DataParallel, say
+        if module is not self.module():  # a replica of DataParallel, say
             return
         if not isinstance(output, Tensor):
             raise TypeError(f"tapped module {self.name!r} returned {type(output).__name__}, not a tensor")

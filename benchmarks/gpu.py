@@ -265,7 +265,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     def summary(states: dict[str, str]) -> None:
         summarize(results, options.device, {piece.name: record.state(piece) for piece in todo} | states)
 
-    states = run_missing(selected, record, options.budget, finished=summary)
+    def interim(states: dict[str, str]) -> None:
+        try:
+            summary(states)
+        except Exception as error:  # a table is no reason to lose the device's time
+            print(f"[gpu] no summary yet: {error!r}", flush=True)
+
+    states = run_missing(selected, record, options.budget, finished=interim)
     summary(states)
     print(f"[gpu] summary: {results / 'summary.md'}")
     return int(any(state.startswith("failed") for state in states.values()))

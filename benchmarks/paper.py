@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmarks.paper: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
+        if error.filename is None:
+            raise
         print(f"benchmarks.paper: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 1 if failed else 0

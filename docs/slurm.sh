@@ -21,6 +21,6 @@ srun torchrun \
     --amp bf16 --channels-last true --workers 7 --checkpoint-every 500 --output-dir "$OUTPUT"
 
 # Slurm itself requeues after a node has failed, not after the time limit.
-if [ -e "$OUTPUT/checkpoint.pt" ] && [ ! -e "$OUTPUT/summary.json" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
+if [ ! -e "$OUTPUT/summary.json" ] && [ "$(date +%s)" -gt $((SLURM_JOB_END_TIME - 180)) ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

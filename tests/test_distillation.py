@@ -95,5 +95,5 @@ def test_probabilities_as_targets_follow_the_logits() -> None:
     loss = at_fused.distillation_loss(s, t, soft)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, at_fused.distillation_loss(s, t, targets))
-    with pytest.raises(TypeError, match="floating point"):
+    with pytest.raises(TypeError, match="floating-point"):
         at_fused.distillation_loss(s.long(), t, targets)

@@ -266,6 +266,19 @@ def test_taps_keep_no_model_alive(x: Tensor) -> None:
     assert watched() is None
 
 
+def test_taps_that_were_never_closed_keep_no_model_alive() -> None:
+    gc.disable()  # not even for a while
+    try:
+        model = Net()
+        taps = at_fused.FeatureTaps(model, ["stem"])
+        watched = weakref.ref(model.stem)
+        del model
+        assert watched() is None
+        taps.close()
+    finally:
+        gc.enable()
+
+
 def test_train_and_eval_mode_are_left_alone(model: Net, x: Tensor) -> None:
     model.eval()
     with at_fused.FeatureTaps(model, ["stem"]):
@@ -295,5 +308,5 @@ def test_a_model_that_was_compiled_and_called_before_says_so(model: Net, x: Tens
     compiled(x)
     with at_fused.FeatureTaps(model, ["group1"]) as taps:
         compiled(x)
-        with pytest.raises(RuntimeError, match=r"torch\.compile must be tapped before its first call"):
+        with pytest.raises(RuntimeError, match=r"torch\.compile a model must be tapped before"):
             _ = taps.features

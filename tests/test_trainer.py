@@ -483,9 +483,9 @@ def test_a_run_is_never_overwritten(
     before = fingerprint(student)
     check_refusal(run(student, **at_kd(teacher), lr=0.3, seed=4), capsys, str(student), "lr, seed differ")
     check_refusal(run(student, **at_kd(teacher), resume="never"), capsys, "not empty")
-    for other in ({}, {"resume": teacher}):
-        assert run(student, **at_kd(teacher), **other) == 0  # the same, finished
-        assert "nothing to do" in capsys.readouterr().out
+    check_refusal(run(student, **at_kd(teacher), resume=teacher), capsys, "would overwrite")
+    assert run(student, **at_kd(teacher)) == 0  # the same, finished
+    assert "nothing to do" in capsys.readouterr().out
     assert fingerprint(student) == before
 
     for damage in ("config.yaml", "checkpoint.pt"):
@@ -645,6 +645,21 @@ def test_a_command_that_resumes_may_be_given_again(
     assert run(tmp_path / "new", **keys, resume=tmp_path / "old") == 0
     assert "continuing there" in capsys.readouterr().out
     check_same(tmp_path / "new", student)
+
+
+def test_a_run_that_was_overtaken_before_it_began(tmp_path: Path) -> None:
+    """Between looking at the folder and claiming it lie the data and the models."""
+    late = engine.Run(make_config(SMALL | {"seed": 7, "output-dir": tmp_path / "run"}), Ranks(0, 1, CPU))
+    assert run(tmp_path / "run") == 0
+    before = fingerprint(tmp_path / "run")
+    with pytest.raises(ConfigError, match="another training has just been at work there"):
+        late.train()
+    assert fingerprint(tmp_path / "run") == before
+
+
+def test_a_tail_that_max_steps_never_reaches_may_be_one_image(tmp_path: Path) -> None:
+    keys = {"student": "resnet-18", "limit_train": 33, "batch_size": 32, "epochs": 1}
+    assert run(tmp_path / "run", **keys, max_steps=1) == 0
 
 
 @pytest.mark.slow

@@ -82,6 +82,7 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.reporter = reporting.Reporter(ranks.first)
+        self.found = resume.state_of(config.output_dir)
         self.start = resume.find_start(config)
         self.folder = self.start.folder
         self.dataset = data.load(config, ranks.device)
@@ -109,17 +110,19 @@ class Run:
             weight_decay=config.weight_decay,
             fused=fused,
         )
-        if config.amp == "fp16" and config.momentum:
-            # A first step that overflows is skipped: fused SGD then leaves momentum as it was allocated.
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.watch = Watch(self.student, scaled=config.amp == "fp16")
         self.progress = Progress()
         self.sums = torch.zeros(SUMS, dtype=torch.float64, device=ranks.device)
         if self.start.checkpoint is not None:
             self._restore(self.start.checkpoint)
+        if config.amp == "fp16" and config.momentum:
+            # A first step that overflows is skipped: fused SGD then leaves momentum as it was allocated.
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = self.optimizer.state[parameter]
+                    if state.get("momentum_buffer") is None:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
         step, mid_epoch = self.progress.step, self.progress.step % self.steps_per_epoch
         self.finished = (self.folder / "summary.json").exists() and step >= self.last_step
         told = step == self.last_step and (not mid_epoch or self.progress.partial)
@@ -184,7 +187,7 @@ class Run:
         norms = [m for m in self.student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         hooks = [
             norm.register_forward_pre_hook(
-                lambda norm, args: lone.append(args[0].numel() == args[0].shape[1])
+                lambda norm, args: lone.extend(x.numel() == x.shape[1] for x in args)
             )
             for norm in norms
         ]
@@ -201,7 +204,8 @@ class Run:
         finally:
             for hook in hooks:
                 hook.remove()
-        if any(lone) and self._smallest_part() == 1 and not (config.freeze_bn or config.sync_bn):
+        joined = config.sync_bn and self.ranks.world > 1
+        if any(lone) and self._smallest_part() == 1 and not (config.freeze_bn or joined):
             raise ConfigError(
                 f"{config.student} normalises single values of these images, and can't train on one image "
                 f"alone, as a part of a batch is ({len(self.dataset.train)} images by {config.batch_size}, "
@@ -211,7 +215,8 @@ class Run:
     def _smallest_part(self) -> int:
         """Images in the smallest forward pass of an epoch."""
         size, config = len(self.dataset.train), self.config
-        batches = {min(config.batch_size, size), size % config.batch_size} - {0}
+        tail = size % config.batch_size if self.last_step >= self.steps_per_epoch else 0
+        batches = {min(config.batch_size, size), tail} - {0}
         shares = {batch // self.ranks.world for batch in batches}
         shares |= {-(-batch // self.ranks.world) for batch in batches}
         return min(len(part) for share in shares for part in torch.empty(share).chunk(config.accumulate))
@@ -236,14 +241,23 @@ class Run:
 
     def train(self) -> int:
         with ExitStack() as stack:
+            problem = None
             if self.ranks.first:
                 try:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(lock.claimed(self.folder))
+                    if resume.state_of(self.folder) != self.found:
+                        raise ConfigError(
+                            f"output-dir {self.folder}: another training has just been at work there"
+                        )
                     (self.folder / "summary.json").unlink(missing_ok=True)  # the run is no longer finished
                     checkpoint.write_atomically(self.folder / "config.yaml", self.config.to_yaml().encode())
+                except ConfigError as error:
+                    problem = str(error)
                 except OSError as error:
-                    raise ConfigError(f"output-dir {self.folder}: {error.strerror}") from None
+                    problem = f"output-dir {self.folder}: {error.strerror}"
+            if problem := self.ranks.gather(problem)[0]:  # rank 0's, on every rank
+                raise ConfigError(problem)
             return self._train()
 
     def _train(self) -> int:
@@ -263,12 +277,12 @@ class Run:
             reporter.say(f"teacher {config.teacher}: {reporting.test_errors(progress.teacher)}")
         if progress.step:
             reporter.say(f"continuing from step {progress.step} of {self.last_step}")
-            self._write_metrics()  # a line that the checkpoint does not know of belongs to a lost epoch
             if self.start.path != self.folder / checkpoint.LATEST:
                 self._save(keep_latest=False)
+            self._write_metrics()  # a line that the checkpoint does not know of belongs to a lost epoch
         with closing(distributed.StopRequest(self.ranks)) as stop, closing(reporter):
-            # A continued epoch is told anew.
-            reporter.open(self.folder, self.last_step, progress.step, retold=progress.partial is not None)
+            retold = progress.partial is not None and progress.step < self.last_step  # a continued epoch
+            reporter.open(self.folder, self.last_step, progress.step, retold=retold)
             while progress.step < self.last_step:
                 signal = self._train_epoch(stop)
                 if signal and progress.step < self.last_step:

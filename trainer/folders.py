@@ -181,7 +181,8 @@ class Faults:
         if len(self.seen) > self.limit:
             raise RankError(too_many(self.seen, self.limit))
         if faults and all(path in self.seen for path in files.paths):
-            raise RankError(f"no image of a split can be read, {files.paths[0]} among them")
+            path, reason = next(iter(self.seen.items()))
+            raise RankError(f"no image of a split can be read, such as {path} ({reason})")
 
 
 def too_many(unreadable: Collection[str], limit: int) -> str:

@@ -22,7 +22,8 @@ LOCK = ".lock"
 def claimed(folder: Path) -> Iterator[None]:
     """Let no other training write to `folder`, which is there, meanwhile.
 
-    The lock is the process's own (POSIX): it ends with it, and workers forked from it do not hold it.
+    The lock is the process's own (POSIX): it ends with it, and workers forked from it do not hold it. Within
+    a process it refuses nothing: one training comes after the other there.
 
     Raises:
         ConfigError: another is at work there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,18 @@ class Start(NamedTuple):
     notice: str | None = None
 
 
+def state_of(folder: Path | None) -> list[tuple[int, int] | None]:
+    """The same as long as no file of a run in `folder` has been written."""
+    found: list[tuple[int, int] | None] = []
+    for name in ARTEFACTS:
+        try:
+            status = os.stat(f"{folder}/{name}")
+            found.append((status.st_ino, status.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
+
+
 def find_start(config: Config) -> Start:
     """Where the run of `config` starts, by its `output-dir` and `resume`; nothing is touched.
 
@@ -61,9 +74,13 @@ def find_start(config: Config) -> Start:
         path = Path(config.resume)
         source = path if path.is_dir() else path.parent
         begun = (folder / checkpoint.LATEST).exists() or (folder / checkpoint.PREVIOUS).exists()
-        if begun and not (source.exists() and source.samefile(folder)):  # the same command, given again
+        if begun and not (source.exists() and source.samefile(folder)):
+            if _stored_config(folder).get("resume") != config.resume:
+                raise ConfigError(
+                    f"output-dir {folder} holds a run, which resume {config.resume} would overwrite"
+                )
             notices.append(f"output-dir {folder} has gone on from resume {config.resume}: continuing there")
-            source = folder
+            source = folder  # the same command, given again
         elif not path.is_dir():
             return Start(folder, path, _resumable(checkpoint.load(path), path, config))
     found = checkpoint.load_latest(source)

@@ -368,7 +368,7 @@ Scalar norm_of(Scalar squares, const Scalar* map, int64_t length) {
   return static_cast<Scalar>(std::sqrt(exact));
 }
 
-// Finite for any norm above 0: that of the smallest overflows.
+// Finite for any norm above 0: that of the smallest, whose maps are not told apart either, would overflow.
 template <class Scalar>
 Scalar inverse(Scalar norm) {
   const Scalar inverse = 1 / norm;
