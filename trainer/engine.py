@@ -183,7 +183,8 @@ class Run:
 
     def _try_student(self) -> None:
         """ConfigError where the student can't take the images, or a batch of one in training."""
-        config, lone = self.config, []
+        config = self.config
+        lone: list[bool] = []  # of each BatchNorm: whether it sees one value per channel
         norms = [m for m in self.student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         hooks = [
             norm.register_forward_pre_hook(
