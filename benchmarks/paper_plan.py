@@ -275,9 +275,10 @@ def with_epochs(keys: Mapping[str, Any], epochs: int) -> dict[str, Any]:
     keys = dict(keys)
     if start := keys.get("at-start-epoch"):
         keys["at-start-epoch"] = start * epochs // keys["epochs"]
-    for name in ("lr-milestones", "beta-milestones"):
-        if milestones := keys.get(name):
-            keys[name] = [-(-milestone * epochs // keys["epochs"]) for milestone in milestones]
+    for name in ("lr", "beta"):
+        milestones = keys.get(f"{name}-milestones")
+        if milestones and keys.get(f"{name}-schedule", "step") == "step":  # else they mean nothing
+            keys[f"{name}-milestones"] = [-(-milestone * epochs // keys["epochs"]) for milestone in milestones]
     return keys | {"epochs": epochs}
 
 
