@@ -278,7 +278,7 @@ def with_epochs(keys: Mapping[str, Any], epochs: int) -> dict[str, Any]:
     for name in ("lr", "beta"):
         milestones = keys.get(f"{name}-milestones")
         if milestones and keys.get(f"{name}-schedule", "step") == "step":  # else they mean nothing
-            keys[f"{name}-milestones"] = [-(-milestone * epochs // keys["epochs"]) for milestone in milestones]
+            keys[f"{name}-milestones"] = [-(-epoch * epochs // keys["epochs"]) for epoch in milestones]
     return keys | {"epochs": epochs}
 
 
