@@ -6,17 +6,16 @@
 namespace at_fused {
 
 static const Kernels& choose() {
-  const char* request = std::getenv("AT_FUSED_ISA");
-  const auto allows = [&](const char* name) { return !request || std::strcmp(request, name) == 0; };
+  const char* variable = std::getenv("AT_FUSED_ISA");
+  const auto requests = [&](const char* name) { return variable && std::strcmp(variable, name) == 0; };
+  if (requests("baseline")) return baseline::table;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (allows("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  if (!requests("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return avx512::table;
   }
-  if ((allows("avx2") || allows("avx512")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return avx2::table;
-  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
 #endif
   return baseline::table;
 }

@@ -20,6 +20,7 @@ struct Feature {
   int spatial_dims;
   int64_t sizes[max_spatial_dims];
   int64_t strides[max_spatial_dims];
+  bool fresh = false;  // memory of the system's that nothing has been written to yet
 
   int64_t positions() const {
     int64_t count = 1;

@@ -23,7 +23,7 @@ struct Kernels {
                      bool student_slope, bool teacher_slope);
 };
 
-// The best kernels that this processor runs; AT_FUSED_ISA=baseline|avx2|avx512 lowers the choice.
+// The best kernels that this processor runs; AT_FUSED_ISA=baseline or avx2 lowers the choice.
 const Kernels& kernels();
 
 namespace baseline {

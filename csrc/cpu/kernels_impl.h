@@ -153,10 +153,10 @@ void join_channels(const T* x, int64_t channel_stride, int64_t stride, int64_t l
 template <class T, class Scalar, class Join>
 void map_over_positions(const T* x, int64_t channels, int64_t channel_stride, int64_t stride, int64_t length,
                         Scalar* map, Join join) {
-  constexpr int64_t short_length = 64;
+  constexpr int64_t longest_short = 64;
   for (int64_t i = 0; i < length; ++i) map[i] = 0;
   int64_t c = 0;
-  for (; length < short_length && c + 4 <= channels; c += 4) {
+  for (; length <= longest_short && c + 4 <= channels; c += 4) {
     join_channels<4>(x + c * channel_stride, channel_stride, stride, length, map, join);
   }
   for (; c < channels; ++c) join_channels<1>(x + c * channel_stride, channel_stride, stride, length, map, join);
@@ -251,13 +251,14 @@ void map_sample(const Feature& feat, int64_t sample, Scalar* map, Join join) {
 }
 
 // --- backward ---
+// Fresh memory gets ordinary stores: the system has just put its pages, zeroed, into the cache.
 
 template <class T, class Scalar, class Power>
 void backward_over_positions(const T* x, T* grad, int64_t stride, int64_t grad_stride, int64_t length,
-                             const Scalar* slope, Power power) {
+                             const Scalar* slope, Power power, bool fresh) {
   using V = typename Accumulator<T>::V;
   const auto at = [&](int64_t i) { return load(slope + i) * power.slope(load(x + i)); };
-  if (stride == 1 && grad_stride == 1 && streams(grad, length, length)) {
+  if (!fresh && stride == 1 && grad_stride == 1 && streams(grad, length, length)) {
     for (int64_t i = 0; i < length; i += lanes<V>) stream(grad + i, at(i));
     return;
   }
@@ -279,9 +280,9 @@ void backward_over_positions(const T* x, T* grad, int64_t stride, int64_t grad_s
 
 template <class T, class Scalar, class Power>
 void backward_over_channels(const T* x, T* grad, int64_t stride, int64_t grad_stride, int64_t channels,
-                            int64_t length, const Scalar* slope, Power power) {
+                            int64_t length, const Scalar* slope, Power power, bool fresh) {
   using V = typename Accumulator<T>::V;
-  const bool streamed = streams(grad, grad_stride, channels);
+  const bool streamed = !fresh && streams(grad, grad_stride, channels);
   for (int64_t i = 0; i < length; ++i, x += stride, grad += grad_stride) {
     const V factor = splat<V>(slope[i]);
     const auto at = [&](int64_t c) { return factor * power.slope(load(x + c)); };
@@ -308,12 +309,12 @@ void backward_sum(const Feature& feat, const Feature& grad, int64_t sample, cons
     const Scalar* row_slope = slope + position;
     if (feat.channel_stride == 1 && grad.channel_stride == 1 && feat.channels > 1) {
       backward_over_channels(x + offset, g + grad_offset, rows.stride_a(), rows.stride_b(), feat.channels,
-                             rows.length(), row_slope, power);
+                             rows.length(), row_slope, power, grad.fresh);
       return;
     }
     for (int64_t c = 0; c < feat.channels; ++c) {
       backward_over_positions(x + offset + c * feat.channel_stride, g + grad_offset + c * grad.channel_stride,
-                              rows.stride_a(), rows.stride_b(), rows.length(), row_slope, power);
+                              rows.stride_a(), rows.stride_b(), rows.length(), row_slope, power, grad.fresh);
     }
   });
 }

@@ -4,6 +4,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <memory>
 #include <optional>
@@ -46,6 +51,29 @@ std::vector<Feature> features_of(const std::vector<Tensor>& tensors) {
   feats.reserve(tensors.size());
   for (const Tensor& tensor : tensors) feats.push_back(feature_of(tensor));
   return feats;
+}
+
+// Whether nothing has been written yet to a block of memory, as far as its middle tells (the allocator writes to the
+// beginning). Smaller blocks are used again and again, and not worth the question.
+bool is_fresh(const void* data, int64_t bytes) {
+#if defined(__linux__)
+  if (bytes < 8 << 20) return false;
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t middle = (reinterpret_cast<uintptr_t>(data) + bytes / 2) / page * page;
+  unsigned char resident = 1;
+  return mincore(reinterpret_cast<void*>(middle), 1, &resident) == 0 && !(resident & 1);
+#else
+  return false;
+#endif
+}
+
+// Gradients at features, to be written.
+std::vector<Feature> gradients_of(const std::vector<Tensor>& tensors) {
+  std::vector<Feature> grads = features_of(tensors);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    grads[i].fresh = is_fresh(grads[i].data, tensors[i].numel() * tensors[i].element_size());
+  }
+  return grads;
 }
 
 int64_t scalar_size(const Feature& feat) { return feat.dtype == DType::f64 ? sizeof(double) : sizeof(float); }
@@ -122,7 +150,7 @@ void attention_maps(std::vector<Tensor> tensors, std::vector<Tensor> maps, doubl
 
 void attention_maps_backward(std::vector<Tensor> tensors, std::vector<Tensor> slopes, std::optional<Tensor> scale,
                              std::vector<Tensor> grads, double p, bool max) {
-  const auto feats = features_of(tensors), outs = features_of(grads);
+  const auto feats = features_of(tensors), outs = gradients_of(grads);
   STD_TORCH_CHECK(slopes.size() == feats.size() && outs.size() == feats.size(), "at_fused: one slope per feature");
   for (size_t i = 0; i < feats.size(); ++i) check_map(slopes[i], feats[i]);
   std::vector<double> factors(feats.size(), 1.0);
@@ -142,7 +170,7 @@ void attention_loss(std::vector<Tensor> student_tensors, std::vector<Tensor> tea
                     std::vector<double> weights, Tensor loss, std::vector<Tensor> slopes, std::vector<Tensor> grads,
                     double p, bool max, double eps, bool student_slopes, bool teacher_slopes) {
   const auto students = features_of(student_tensors), teachers = features_of(teacher_tensors);
-  const auto outs = features_of(grads);
+  const auto outs = gradients_of(grads);
   const size_t pairs = students.size();
   STD_TORCH_CHECK(teachers.size() == pairs && weights.size() == pairs &&
                       slopes.size() == (size_t{student_slopes} + size_t{teacher_slopes}) * pairs &&
