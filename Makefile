@@ -82,8 +82,8 @@ BUDGET_S ?=
 CIFAR ?=
 gpu: ## build, test and measure on a GPU, in pieces; again to go on: make gpu RESULTS=DIR BUDGET_S=560
 	@$(PYTHON) -c 'import torch' 2> /dev/null || { echo "[gpu] $(PYTHON) has no torch: make gpu PYTHON=..."; exit 1; }
-	@$(PYTHON) -m benchmarks.gpu --results $(RESULTS) \
-		$(if $(BUDGET_S),--budget $(BUDGET_S)) $(if $(CIFAR),--cifar $(CIFAR))
+	@$(PYTHON) -m benchmarks.gpu --results "$(RESULTS)" \
+		$(if $(BUDGET_S),--budget $(BUDGET_S)) $(if $(CIFAR),--cifar "$(CIFAR)")
 
 # The sanitized package lies in a folder of its own; pytest (unlike python -m pytest) imports it from there.
 SANITIZED := build/sanitized
@@ -97,8 +97,8 @@ sanitize: $(READY) $(TOOLS) ## run the library's tests on a build with AddressSa
 	@PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/pytest -q tests/test_attention_map.py tests/test_attention_loss.py
 	@echo "[sanitize] CUDA kernels on the CPU"
-	@$$($(BIN)/python tests/simt/build.py attention_driver address,undefined)
-	@$$($(BIN)/python tests/simt/build.py attention_driver thread)
+	@for kinds in address,undefined thread; do \
+		driver=$$($(BIN)/python tests/simt/build.py attention_driver $$kinds) && "$$driver" || exit 1; done
 
 soak: $(READY) $(TOOLS) ## the property and stress tests at length: about half an hour
 	@AT_FUSED_EXAMPLES=20000 AT_FUSED_SOAK=10 $(BIN)/python -m pytest -q tests/test_properties.py \

@@ -109,8 +109,6 @@ class BuildLibraries(build_ext):
             except Exception as error:
                 if required:
                     raise
-                # An older one must not answer for newer sources.
-                (ROOT / self.get_ext_filename(library.name)).unlink(missing_ok=True)
                 self.leave_out(
                     f"{Path(library.sources[0]).parent} does not compile "
                     f"({(str(error) or repr(error)).splitlines()[0]}); to see why: "
@@ -141,6 +139,8 @@ class BuildLibraries(build_ext):
 
     def forget(self, library: Extension) -> None:
         self.built(library).unlink(missing_ok=True)  # left in build/ by an earlier build
+        if not is_set("AT_FUSED_SANITIZE"):  # an older one must not answer for newer sources
+            self.beside_the_source(library).unlink(missing_ok=True)
         self.extensions = [other for other in self.extensions if other is not library]
         self.distribution.ext_modules = self.extensions
 
@@ -179,6 +179,7 @@ class BuildLibraries(build_ext):
         builder.get_ext_filename = self.get_ext_filename
         builder.build_lib = self.build_lib
         builder.build_temp = os.path.join("build", sanitizers.replace(",", "-") or "release", library.name)
+        builder.force = True  # headers may have changed: ninja knows which sources these concern
         builder.ensure_finalized()
         try:
             builder.run()
@@ -187,13 +188,16 @@ class BuildLibraries(build_ext):
         if sanitizers:
             return  # loads only into a process that preloads the sanitizers
         # A clone's root imports the source package, which needs it as well.
-        beside_the_source = ROOT / self.get_ext_filename(library.name)
+        beside_the_source = self.beside_the_source(library)
         fresh = beside_the_source.with_suffix(f".{os.getpid()}")
         shutil.copy2(self.built(library), fresh)
         fresh.replace(beside_the_source)  # in one step: running processes keep what they mapped
 
     def built(self, library: Extension) -> Path:
         return Path(self.build_lib, self.get_ext_filename(library.name))
+
+    def beside_the_source(self, library: Extension) -> Path:
+        return ROOT / self.get_ext_filename(library.name)
 
     def copy_extensions_to_source(self) -> None:
         """Done by `compile`, for every kind of install."""

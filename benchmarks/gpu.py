@@ -10,6 +10,7 @@ installed or fetched: the libraries are built in place with the Python that runs
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import math
@@ -139,20 +140,42 @@ def _benchmarks(python: str, results: Path, device: str, quick: bool, cifar: Pat
 # --- running ----------------------------------------------------------------------------------------
 
 
+def source_digest() -> str:
+    """The same for the same sources of all that is built, tested and measured."""
+    summary = hashlib.blake2b(digest_size=8)
+    folders = ("at_fused", "csrc", "models", "trainer", "recipes", "tests", "benchmarks")
+    files = (path for folder in folders for path in (ROOT / folder).rglob("*.*"))
+    kinds = {".py", ".cpp", ".h", ".cu", ".cuh", ".yaml"}
+    for path in sorted(path for path in files if path.suffix in kinds):
+        summary.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return summary.hexdigest()
+
+
 class Record:
-    """What has been done, in files: DIR/stamps for successes, DIR/logs for every output."""
+    """What has been done, in files: DIR/stamps for successes, DIR/logs for every output.
+
+    A stamp holds the piece's seconds and the sources it ran on; of other sources, it counts for nothing.
+    """
 
     def __init__(self, results: Path) -> None:
+        self.sources = source_digest()
         self.stamps, self.logs = results / "stamps", results / "logs"
         self.stamps.mkdir(parents=True, exist_ok=True)
         self.logs.mkdir(exist_ok=True)
 
     def done(self, piece: Piece) -> bool:
-        return (self.stamps / piece.name).exists()
+        return self._stamp(piece)[1] == self.sources
+
+    def _stamp(self, piece: Piece) -> tuple[str, str]:
+        try:
+            seconds, sources = (self.stamps / piece.name).read_text().split()
+        except (OSError, ValueError):
+            return "", ""
+        return seconds, sources
 
     def state(self, piece: Piece) -> str:
         if self.done(piece):
-            return f"done in {(self.stamps / piece.name).read_text().strip()} s"
+            return f"done in {self._stamp(piece)[0]} s"
         return f"skipped: {piece.obstacle}" if piece.obstacle else "not run"
 
     def run(self, piece: Piece, limit_s: float) -> str | None:
@@ -181,7 +204,7 @@ class Record:
                     process.wait()
         if code:
             return f"exit {code}: {log}"
-        (self.stamps / piece.name).write_text(f"{time.monotonic() - started:.0f}\n")
+        (self.stamps / piece.name).write_text(f"{time.monotonic() - started:.0f} {self.sources}\n")
         return None
 
 

@@ -211,7 +211,8 @@ def test_commands_of_the_pieces_are_understood(tmp_path: Path) -> None:
 
 def test_list_and_dry_run(tmp_path: Path, capsys) -> None:
     (tmp_path / "stamps").mkdir()
-    (tmp_path / "stamps" / "step").write_text("12\n")
+    (tmp_path / "stamps" / "step").write_text(f"12 {gpu.source_digest()}\n")
+    (tmp_path / "stamps" / "memory").write_text("12 0123456789abcdef\n")  # of other sources
     command = ["--results", str(tmp_path), "--only", "step", "memory"]
     assert gpu.main([*command, "--list"]) == 0
     assert [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()] == [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -63,15 +64,15 @@ def mirror_sources(folder: Path, few_threads: bool) -> None:
             write(folder / relative, f'#line 1 "{relative}"\n{text}')
 
 
-def ninja_file(folder: Path, sanitizers: str) -> str:
+def ninja_file(sanitizers: str) -> str:
+    """Paths are quoted for the shell, and those of the sources relative to the folder."""
     import pybind11
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    source = folder / "source"
     includes = [
-        source / "tests" / "simt" / "include",
-        source / "tests" / "simt",
-        source / "csrc",
+        "source/tests/simt/include",
+        "source/tests/simt",
+        "source/csrc",
         pybind11.get_include(),
         sysconfig.get_paths()["include"],
         *include_paths(),
@@ -82,21 +83,23 @@ def ninja_file(folder: Path, sanitizers: str) -> str:
     lines = [
         f"cxx = {os.environ.get('CXX', 'g++')}",
         "flags = -std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas "
-        + " ".join(f"-I{path}" for path in includes),
+        + " ".join(shlex.quote(f"-I{path}") for path in includes),
         "rule compile",
         "  command = $cxx $flags $extra -MMD -MF $out.d -x c++ -c $in -o $out",
         "  deps = gcc",
         "  depfile = $out.d",
         "rule link",
         f"  command = $cxx {sanitize} $extra $in $libraries -o $out",
-        f"build engine.o: compile {source}/tests/simt/engine.cpp",
+        "build engine.o: compile source/tests/simt/engine.cpp",
         f"  extra = {engine}",
     ]
     targets = PROGRAMS | LIBRARIES
     for unit in sorted({unit for units in targets.values() for unit in units}):
         torch = TORCH if unit.endswith(("ops.cpp", "device.cpp")) else ""
-        lines += [f"build {unit}.o: compile {source}/{unit}", f"  extra = {sanitize} {torch}"]
-    torch_libraries = " ".join(f"-L{path}" for path in library_paths()) + " -ltorch -ltorch_cpu -lc10"
+        lines += [f"build {unit}.o: compile source/{unit}", f"  extra = {sanitize} {torch}"]
+    torch_libraries = (
+        " ".join(shlex.quote(f"-L{path}") for path in library_paths()) + " -ltorch -ltorch_cpu -lc10"
+    )
     for name, units in targets.items():
         libraries = torch_libraries if name == "simt_cuda" else ""
         objects = " ".join(f"{unit}.o" for unit in units)
@@ -116,7 +119,7 @@ def build(target: str, sanitizers: str = "") -> Path:
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         mirror_sources(folder / "source", few_threads=sanitizers == "thread")
-        write(folder / "build.ninja", ninja_file(folder, sanitizers))
+        write(folder / "build.ninja", ninja_file(sanitizers))
         command = [sys.executable, "-m", "ninja", "--quiet", "-C", str(folder), "-j2", output(target)]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
