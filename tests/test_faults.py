@@ -172,7 +172,7 @@ def test_other_images_than_the_run_has_begun_with(tmp_path: Path, capsys) -> Non
     capsys.readouterr()
     assert run(tmp_path / "run", **keys) == 2
     error = capsys.readouterr().err
-    assert "holds other images than this run has begun with (other files or labels)" in error
+    assert "holds different images from those this run began with (other files or labels)" in error
     first.with_name("9.png").rename(first)
     assert run(tmp_path / "run", **keys) == 0
 

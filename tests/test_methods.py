@@ -1,4 +1,4 @@
-"""The methods beside AT and KD in the trainer: against plain loops, resumed, and over several ranks."""
+"""The methods besides AT and KD in the trainer: against plain loops, resumed, and over several ranks."""
 
 from __future__ import annotations
 
@@ -292,14 +292,12 @@ def test_interrupted_run_is_the_same_run(method: str, teacher: Path, tmp_path: P
     for steps in (1, 3, 4, 6, 8):
         assert run(tmp_path / "parts", **keys, max_steps=steps) == 0
     check_same(tmp_path / "parts", tmp_path / "whole")
-    hints = [
-        torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["hints"] for n in ("parts", "whole")
-    ]
     if method == "hints":
-        assert len(hints[0]) == 6
-        assert all(torch.equal(hints[0][key], hints[1][key]) for key in hints[1])
-    else:
-        assert hints == [None, None]
+        parts, whole = (
+            torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("parts", "whole")
+        )
+        assert len(parts["hints"]) == 6
+        assert all(torch.equal(parts["hints"][key], whole["hints"][key]) for key in whole["hints"])
 
 
 @pytest.mark.slow

@@ -485,7 +485,7 @@ def test_a_run_is_never_overwritten(
     check_refusal(run(student, **at_kd(teacher), resume="never"), capsys, "not empty")
     check_refusal(run(student, **at_kd(teacher), resume=teacher), capsys, "would overwrite")
     assert run(student, **at_kd(teacher)) == 0  # the same, finished
-    assert "nothing to do" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert fingerprint(student) == before
 
     for damage in ("config.yaml", "checkpoint.pt"):
@@ -604,7 +604,7 @@ def test_signal_at_a_step(
 def test_max_steps_below_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "run", max_steps=3) == 0
     assert run(tmp_path / "run", max_steps=2) == 0
-    assert "finished: nothing to do" in capsys.readouterr().out
+    assert "is already finished" in capsys.readouterr().out
     (tmp_path / "run/summary.json").unlink()  # as if it had been stopped
     check_refusal(run(tmp_path / "run", max_steps=2), capsys, "max-steps 2: the run is at step 3 already")
 
@@ -643,7 +643,7 @@ def test_a_command_that_resumes_may_be_given_again(
     assert run(tmp_path / "new", **keys, resume=tmp_path / "old") == 143
     assert steps_done(tmp_path / "new") == 5
     assert run(tmp_path / "new", **keys, resume=tmp_path / "old") == 0
-    assert "continuing there" in capsys.readouterr().out
+    assert "already continues" in capsys.readouterr().out
     check_same(tmp_path / "new", student)
 
 
@@ -708,7 +708,9 @@ def test_the_teacher_of_a_run_may_move_but_not_change(
     torch.save(state | {"fc.bias": state["fc.bias"] + 1e-3}, moved / "model.pt")
     before = fingerprint(tmp_path / "run")
     capsys.readouterr()
-    check_refusal(run(tmp_path / "run", **at_kd(moved)), capsys, "second/model.pt holds other weights than")
+    check_refusal(
+        run(tmp_path / "run", **at_kd(moved)), capsys, "second/model.pt holds different weights from"
+    )
     assert fingerprint(tmp_path / "run") == before
     torch.save({"model": state}, moved / "model.pt")  # the same in another wrapping
     assert run(tmp_path / "run", **at_kd(moved)) == 0

@@ -33,7 +33,7 @@ class ConfigError(ValueError):
 
 
 class RankError(ConfigError):
-    """One that may befall a single rank, which then prints it, whichever it is."""
+    """One that may occur on a single rank, which then prints it."""
 
 
 class Config(BaseModel):
@@ -74,7 +74,7 @@ class Config(BaseModel):
     norm_order: float = Field(2.0, ge=1)
     """order of the norm where distance is norm"""
     beta: float = Field(1000.0, ge=0, allow_inf_nan=False)
-    """weight of the transfer term; unset: AT's, or that of the method"""
+    """weight of the transfer term; unset: 1000 for AT, else the method's default"""
     beta_schedule: Literal["constant", "linear", "cosine", "step"] | None = None
     """decay of beta; unset: linear to 0 for at+kd and hints, constant otherwise"""
     beta_milestones: list[NonNegativeInt] = []
@@ -84,7 +84,7 @@ class Config(BaseModel):
     at_start_epoch: int = Field(0, ge=0)
     """first epoch (counted from 0) with the transfer term"""
     output_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
-    """weight, inside beta, of symmetry's term on the outputs, beside 1/2 of that on the gradients"""
+    """weight, inside beta, of symmetry's term on the outputs, besides 1/2 of that on the gradients"""
     gradient_layer: str | None = None
     """module at whose output the gradient-based methods take the gradient; unset: the input"""
     gradient_bn: Literal["batch", "running", "update"] = "batch"

@@ -1,4 +1,4 @@
-"""The training loop: set-up, steps, evaluation, and a state from which a killed run continues bit-exactly."""
+"""The training loop: steps, evaluation, and what is written when."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import models
-from trainer import checkpoint, data, distributed, folders, lock, reporting, resume, schedules
+from trainer import build, checkpoint, data, distributed, folders, lock, reporting, resume, schedules
 from trainer.config import Config, ConfigError
 from trainer.distributed import Ranks
-from trainer.objectives import Objective, Tapped, add_hints, describe, tap_names
+from trainer.objectives import Objective, describe
+from trainer.state import TrainState
 from trainer.watch import Diverged, Watch
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-SUMS = 6  # of total, CE, AT and KD losses, of wrong answers, of images
 
 
 class OutOfMemory(RuntimeError):
@@ -55,25 +52,9 @@ def _run(config: Config, ranks: Ranks) -> int:
     """In a frame of its own, so that the run is gone before the ranks part: see `distributed.ranks`."""
     run = Run(config, ranks)
     if run.finished:
-        run.reporter.say(f"{config.output_dir} holds this run, finished: nothing to do")
+        run.reporter.say(f"the run in {config.output_dir} is already finished")
         return 0
     return run.train()
-
-
-@dataclass
-class Progress:
-    """Where the training stands, beside weights and optimizer: everything else follows from `step`."""
-
-    step: int = 0
-    history: list[reporting.Metrics] = field(default_factory=list)
-    partial: reporting.Metrics | None = None  # of an epoch that max-steps cut short, until it is continued
-    seconds: float = 0.0  # spent in the current epoch so far
-    teacher: dict[str, float] | None = None  # its test errors, as `Run.evaluate` gives them
-
-    @property
-    def lines(self) -> list[reporting.Metrics]:
-        """What metrics.jsonl holds."""
-        return self.history + ([self.partial] if self.partial else [])
 
 
 class Run:
@@ -99,30 +80,18 @@ class Run:
             self.last_step = min(self.last_step, config.max_steps)
 
         self._create_models()
-        # fused: one kernel over all parameters, and on CUDA fp16's inf check stays on the device. The CPU's
-        # does not undo the loss scale (seen in torch 2.13: a scaled gradient was applied as it was).
-        fused = ranks.device.type == "cuda" or config.amp != "fp16"
-        self.optimizer = torch.optim.SGD(
-            [parameter for parameter in self.tapped.parameters() if parameter.requires_grad],
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=fused,
-        )
+        self.optimizer = self._create_optimizer()
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.watch = Watch(self.student, scaled=config.amp == "fp16")
-        self.progress = Progress()
-        self.sums = torch.zeros(SUMS, dtype=torch.float64, device=ranks.device)
+        self.state = TrainState(self.tapped, self.optimizer, self.scaler, ranks)
         if self.start.checkpoint is not None:
-            self._restore(self.start.checkpoint)
+            resume.check_identity(self.start.checkpoint, self.identity, config)
+            self.state.restore(self.start.checkpoint)
+        self.progress, self.sums = self.state.progress, self.state.sums
+        if self.start.checkpoint is not None:
+            self.watch.last_saved = f"{self.start.path} (step {self.progress.step})"
         if config.amp == "fp16" and config.momentum:
-            # A first step that overflows is skipped: fused SGD then leaves momentum as it was allocated.
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    state = self.optimizer.state[parameter]
-                    if state.get("momentum_buffer") is None:
-                        state["momentum_buffer"] = torch.zeros_like(parameter)
+            _fill_momentum(self.optimizer)
         step, mid_epoch = self.progress.step, self.progress.step % self.steps_per_epoch
         self.finished = (self.folder / "summary.json").exists() and step >= self.last_step
         told = step == self.last_step and (not mid_epoch or self.progress.partial)
@@ -131,7 +100,7 @@ class Run:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the run has begun with, beside its configuration: data set and teacher's weights.
+        """What the run has begun with, besides its configuration: data set and teacher's weights.
 
         Found when rank 0 saves or any rank resumes: it reads every path and every weight.
         """
@@ -141,37 +110,10 @@ class Run:
     # --- set-up ---------------------------------------------------------------------------------------
 
     def _create_models(self) -> None:
-        config, device = self.config, self.ranks.device
+        config = self.config
         torch.manual_seed(config.seed)
-        self.student = _create(config.student, self.dataset.classes, config)
-        if isinstance(config.pretrained, Path):
-            checkpoint.load_weights(
-                self.student, config.pretrained, f"pretrained {config.student}", new_classifier=True
-            )
-        elif config.pretrained:
-            checkpoint.load_published_weights(self.student, config.student)
-        if config.sync_bn:
-            if device.type != "cuda":
-                raise ConfigError("sync-bn needs CUDA devices")
-            self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
-        for name in config.freeze:
-            try:
-                self.student.get_submodule(name).requires_grad_(False)
-            except AttributeError:
-                raise ConfigError(f"freeze: {config.student} has no module {name}") from None
-        if not any(parameter.requires_grad for parameter in self.student.parameters()):
-            raise ConfigError(f"freeze leaves no parameter of {config.student} to train")
-        names: tuple[list[str], list[str]] = ([], [])
-        self.teacher: Tapped | None = None
-        if config.needs_teacher:
-            teacher = _create(str(config.teacher), self.dataset.classes, config)
-            checkpoint.load_weights(teacher, Path(str(config.teacher_checkpoint)), str(config.teacher))
-            names = tap_names(config, self.student, teacher) if config.uses_features else names
-            self.teacher = _tapped(teacher.to(device).eval().requires_grad_(False), names[1])
-        self.tapped = _tapped(self.student.to(device), names[0])
-        self._try_student()
-        if config.uses_hints and self.teacher is not None:
-            add_hints(self.tapped, self.teacher, self.dataset.example())
+        self.tapped, self.teacher = build.networks(config, self.dataset, self.ranks)
+        self.student = self.tapped.model
         self.objective = Objective(config, self.tapped, self.teacher)
         batch = min(config.batch_size, len(self.dataset.train))
         self.terms = describe(self.objective, self.dataset.example(), batch)
@@ -181,46 +123,19 @@ class Run:
         if config.compile:
             self._compile_models()
 
-    def _try_student(self) -> None:
-        """ConfigError where the student can't take the images, or a batch of one in training."""
+    def _create_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        lone: list[bool] = []  # of each BatchNorm: whether it sees one value per channel
-        norms = [m for m in self.student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        hooks = [
-            norm.register_forward_pre_hook(
-                lambda norm, args: lone.extend(x.numel() == x.shape[1] for x in args)
-            )
-            for norm in norms
-        ]
-        try:
-            with torch.no_grad():
-                self.student.eval()(self.dataset.example())
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"{config.student} can't take the images of {config.dataset}: {reason}"
-            ) from None
-        finally:
-            for hook in hooks:
-                hook.remove()
-        joined = config.sync_bn and self.ranks.world > 1
-        if any(lone) and self._smallest_part() == 1 and not (config.freeze_bn or joined):
-            raise ConfigError(
-                f"{config.student} normalises single values of these images, and can't train on one image "
-                f"alone, as a part of a batch is ({len(self.dataset.train)} images by {config.batch_size}, "
-                f"{self.ranks.world} ranks, accumulate {config.accumulate}): choose another batch-size"
-            )
-
-    def _smallest_part(self) -> int:
-        """Images in the smallest forward pass of an epoch."""
-        size, config = len(self.dataset.train), self.config
-        tail = size % config.batch_size if self.last_step >= self.steps_per_epoch else 0
-        batches = {min(config.batch_size, size), tail} - {0}
-        shares = {batch // self.ranks.world for batch in batches}
-        shares |= {-(-batch // self.ranks.world) for batch in batches}
-        return min(len(part) for share in shares for part in torch.empty(share).chunk(config.accumulate))
+        # fused: one kernel over all parameters, and on CUDA fp16's inf check stays on the device. The CPU's
+        # does not undo the loss scale (seen in torch 2.13: a scaled gradient was applied as it was).
+        fused = self.ranks.device.type == "cuda" or config.amp != "fp16"
+        return torch.optim.SGD(
+            [parameter for parameter in self.tapped.parameters() if parameter.requires_grad],
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+            fused=fused,
+        )
 
     def _compile_models(self) -> None:
         # Static shapes: a kernel for each size of a batch is faster than one for all. Parts of batches, last
@@ -299,7 +214,7 @@ class Run:
         config, progress = self.config, self.progress
         progress.partial = None
         epoch, first = divmod(progress.step, self.steps_per_epoch)
-        _train_mode(self.student, config.freeze_bn)
+        build.train_mode(self.student, config.freeze_bn)
         begun = time.perf_counter() - progress.seconds
         signal = 0
         parts = [self._batch(step) for step in range(first, self.steps_per_epoch)]
@@ -448,79 +363,15 @@ class Run:
     def _format(self, images: Tensor) -> Tensor:
         return images if self.config.channels_last else images.contiguous()
 
-    # --- state ----------------------------------------------------------------------------------------
+    # --- what is written ------------------------------------------------------------------------------
 
     def _save(self, *, keep_latest: bool = True) -> None:
-        """Write checkpoint.pt: all that the rest of the run depends on."""
-        mine = {
-            "sums": self.sums.cpu(),
-            "rng": _rng_state(self.ranks.device),
-            "buffers": [buffer.cpu() for buffer in self.student.buffers()] if self.ranks.world > 1 else [],
-        }
-        states = self.ranks.gather(mine)
-        if self.ranks.first:
-            progress = self.progress
-            checkpoint.save_latest(
-                self.folder,
-                {
-                    "config": self.config.model_dump(mode="json", by_alias=True),
-                    "model": checkpoint.weights(self.student),
-                    "hints": checkpoint.weights(self.tapped.hints) if self.tapped.hints else None,
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                    "progress": asdict(progress),
-                    **self.identity,
-                    "ranks": states,
-                },
-                keep_latest=keep_latest,
-            )
+        """Write checkpoint.pt."""
+        if (state := self.state.collect()) is not None:
+            config = self.config.model_dump(mode="json", by_alias=True)
+            content = {"config": config, **self.identity, **state}
+            checkpoint.save_latest(self.folder, content, keep_latest=keep_latest)
         self.watch.last_saved = f"{self.folder / checkpoint.LATEST} (step {self.progress.step})"
-
-    def _restore(self, stored: dict[str, Any]) -> None:
-        """Take up the run that a checkpoint has stored.
-
-        Raises:
-            ConfigError: it does not fit, or the data set or the teacher's weights are others.
-        """
-        self._check_identity(stored)
-        try:
-            self.student.load_state_dict(stored["model"])
-            if self.tapped.hints is not None:
-                self.tapped.hints.load_state_dict(stored["hints"])
-            self.optimizer.load_state_dict(stored["optimizer"])
-            self.scaler.load_state_dict(stored["scaler"])
-            self.progress = Progress(**stored["progress"])
-            if not isinstance(self.progress.step, int) or not isinstance(self.progress.history, list):
-                raise TypeError("its progress makes no sense")
-            self._restore_rank(stored["ranks"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            raise ConfigError(f"the checkpoint to resume from does not fit this run: {error}") from None
-        self.watch.last_saved = f"{self.start.path} (step {self.progress.step})"
-
-    def _check_identity(self, stored: dict[str, Any]) -> None:
-        now, then = self.identity["data"], stored.get("data")  # earlier versions stored none
-        if then is not None and then != now:
-            differing = {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
-            told = [f"{key}: {a}, now {b}" for key, (a, b) in differing.items() if key != "files"]
-            raise ConfigError(
-                f"data-dir {self.config.data_dir} holds other images than this run has begun with "
-                f"({'; '.join(told) or 'other files or labels'})"
-            )
-        if stored.get("teacher", self.identity["teacher"]) != self.identity["teacher"]:
-            raise ConfigError(
-                f"teacher-checkpoint {self.config.teacher_checkpoint} holds other weights than this run has "
-                "begun with"
-            )
-
-    def _restore_rank(self, states: list[dict[str, Any]]) -> None:
-        if len(states) == self.ranks.world:
-            mine = states[self.ranks.rank]
-            self.sums.copy_(mine["sums"])
-            _set_rng_state(mine["rng"], self.ranks.device)
-            for buffer, value in zip(self.student.buffers(), mine.get("buffers", ()), strict=False):
-                buffer.copy_(value)
-        elif self.ranks.first:  # another number of ranks: the totals count, whoever holds them
-            self.sums.copy_(torch.stack([state["sums"] for state in states]).sum(0))
 
     def _write_metrics(self) -> None:
         if self.ranks.first:
@@ -577,39 +428,10 @@ def _set_up_torch(config: Config, ranks: Ranks) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for debugging
 
 
-def _create(name: str, classes: int, config: Config) -> models.TappedModel:
-    try:
-        model = models.create(name, num_classes=classes)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    except RuntimeError as error:  # beyond the memory
-        raise ConfigError(f"{name}: {error}") from None
-    return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
-
-
-def _tapped(model: nn.Module, names: list[str]) -> Tapped:
-    try:
-        return Tapped(model, names)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"taps: {error}") from None
-
-
-def _train_mode(model: nn.Module, freeze_bn: bool) -> None:
-    model.train()
-    if freeze_bn:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-
-
-def _rng_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros where there is none yet: fused SGD leaves it as it was allocated if the first step overflows."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            buffers = optimizer.state[parameter]
+            if buffers.get("momentum_buffer") is None:
+                buffers["momentum_buffer"] = torch.zeros_like(parameter)

@@ -79,7 +79,9 @@ def find_start(config: Config) -> Start:
                 raise ConfigError(
                     f"output-dir {folder} holds a run, which resume {config.resume} would overwrite"
                 )
-            notices.append(f"output-dir {folder} has gone on from resume {config.resume}: continuing there")
+            notices.append(
+                f"output-dir {folder} already continues {config.resume}: resuming from its own checkpoint"
+            )
             source = folder  # the same command, given again
         elif not path.is_dir():
             return Start(folder, path, _resumable(checkpoint.load(path), path, config))
@@ -124,3 +126,20 @@ def _check_same_run(
     if keys := [key for key in differing_keys(stored, config) if key not in free]:
         line = f"{where} holds a different run: {', '.join(keys)} differ"
         raise ConfigError(f"{line}; {advice}" if advice else line)
+
+
+def check_identity(stored: dict[str, Any], identity: dict[str, Any], config: Config) -> None:
+    """ConfigError where a checkpoint's run began with another data set, or another teacher's weights."""
+    now, then = identity["data"], stored.get("data")  # earlier versions stored none
+    if then is not None and then != now:
+        differing = {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
+        told = [f"{key}: {a}, now {b}" for key, (a, b) in differing.items() if key != "files"]
+        raise ConfigError(
+            f"data-dir {config.data_dir} holds different images from those this run began with "
+            f"({'; '.join(told) or 'other files or labels'})"
+        )
+    if stored.get("teacher", identity["teacher"]) != identity["teacher"]:
+        raise ConfigError(
+            f"teacher-checkpoint {config.teacher_checkpoint} holds different weights from those this run "
+            "began with"
+        )

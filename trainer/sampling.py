@@ -16,7 +16,7 @@ def generator(*key: Any) -> torch.Generator:
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
-    """`count` places of `labels` (N,), as equally many of each class as there are, at random by `seed`."""
+    """Indices of `count` labels (N,), balanced over classes as far as they go, drawn by `seed`."""
     shuffled = torch.randperm(len(labels), generator=generator("subset", seed))
     of = labels[shuffled]
     turn = torch.zeros_like(of)  # 0 for the first of its class in the shuffled order, 1 for the second, ...

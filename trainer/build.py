@@ -1,0 +1,133 @@
+"""The networks of a run: student and teacher, with their weights and taps, and what they cannot do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import models
+from trainer import checkpoint, data, folders
+from trainer.config import Config, ConfigError
+from trainer.distributed import Ranks
+from trainer.objectives import Tapped, add_hints, tap_names
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class Networks(NamedTuple):
+    """Both on the run's device; the teacher, where the method has one, frozen and in eval mode."""
+
+    student: Tapped
+    teacher: Tapped | None
+
+
+def networks(config: Config, dataset: data.ImageSet | folders.FileSet, ranks: Ranks) -> Networks:
+    """The networks that `config` names, for the images of `dataset`, tapped where its method compares them.
+
+    Raises:
+        ConfigError: there is no such model, weights do not fit, names are of no module, or the student can't
+            be trained on such images.
+    """
+    device, classes, example = ranks.device, dataset.classes, dataset.example()
+    student = _student(config, classes, device)
+    names: tuple[list[str], list[str]] = ([], [])
+    frozen: Tapped | None = None
+    if config.needs_teacher:
+        teacher = _create(str(config.teacher), classes, config)
+        checkpoint.load_weights(teacher, Path(str(config.teacher_checkpoint)), str(config.teacher))
+        if config.uses_features:
+            names = tap_names(config, student, teacher)
+        frozen = _tapped(teacher.to(device).eval().requires_grad_(False), names[1])
+    tapped = _tapped(student.to(device), names[0])
+    if _try(student, config, example) and fewest_images(config, len(dataset.train), ranks.world) == 1:
+        raise ConfigError(
+            f"{config.student} normalises single values of these images, and can't train on one image "
+            f"alone, as a part of a batch is ({len(dataset.train)} images by {config.batch_size}, "
+            f"{ranks.world} ranks, accumulate {config.accumulate}): choose another batch-size"
+        )
+    if config.uses_hints and frozen is not None:
+        add_hints(tapped, frozen, example)
+    return Networks(tapped, frozen)
+
+
+def train_mode(model: nn.Module, freeze_bn: bool) -> None:
+    """`model.train()`, which leaves BatchNorm in eval mode where that is frozen."""
+    model.train()
+    if freeze_bn:
+        for norm in _batch_norms(model):
+            norm.eval()
+
+
+def _student(config: Config, classes: int, device: torch.device) -> models.TappedModel:
+    student = _create(config.student, classes, config)
+    if isinstance(config.pretrained, Path):
+        name = f"pretrained {config.student}"
+        checkpoint.load_weights(student, config.pretrained, name, new_classifier=True)
+    elif config.pretrained:
+        checkpoint.load_published_weights(student, config.student)
+    if config.sync_bn:
+        if device.type != "cuda":
+            raise ConfigError("sync-bn needs CUDA devices")
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    for name in config.freeze:
+        try:
+            student.get_submodule(name).requires_grad_(False)
+        except AttributeError:
+            raise ConfigError(f"freeze: {config.student} has no module {name}") from None
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ConfigError(f"freeze leaves no parameter of {config.student} to train")
+    return student
+
+
+def _create(name: str, classes: int, config: Config) -> models.TappedModel:
+    try:
+        model = models.create(name, num_classes=classes)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    except RuntimeError as error:  # beyond the memory
+        raise ConfigError(f"{name}: {error}") from None
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
+
+
+def _tapped(model: nn.Module, names: list[str]) -> Tapped:
+    try:
+        return Tapped(model, names)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"taps: {error}") from None
+
+
+def fewest_images(config: Config, size: int, world: int) -> int:
+    """The least number of images that BatchNorm sees together in an epoch of `size` images."""
+    whole = config.max_steps is None or config.max_steps >= -(-size // config.batch_size)
+    batches = {min(config.batch_size, size), size % config.batch_size if whole else 0} - {0}
+    shares = {batch // world for batch in batches} | {-(-batch // world) for batch in batches}
+    parts = (part for share in shares for part in torch.empty(share).chunk(config.accumulate))
+    return min(map(len, parts)) * (world if config.sync_bn else 1)
+
+
+def _try(student: nn.Module, config: Config, example: Tensor) -> bool:
+    """Run the student on an image; whether some BatchNorm can't take a lone one in training."""
+    lone: list[bool] = []  # of each BatchNorm: whether it sees one value per channel
+    hooks = [
+        norm.register_forward_pre_hook(lambda _, args: lone.extend(x.numel() == x.shape[1] for x in args))
+        for norm in _batch_norms(student)
+    ]
+    try:
+        with torch.no_grad():
+            student.eval()(example)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{config.student} can't take the images of {config.dataset}: {reason}") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return any(lone) and not config.freeze_bn
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]

@@ -1,0 +1,105 @@
+"""The state of a training, besides its configuration: from it a killed run continues bit-exactly."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer import checkpoint, reporting
+from trainer.config import ConfigError
+from trainer.distributed import Ranks
+from trainer.objectives import Tapped
+
+SUMS = 6  # of total, CE, AT and KD losses, of wrong answers, of images
+
+
+@dataclass
+class Progress:
+    """Where the training stands, besides weights and optimizer: everything else follows from `step`."""
+
+    step: int = 0
+    history: list[reporting.Metrics] = field(default_factory=list)
+    partial: reporting.Metrics | None = None  # of an epoch that max-steps cut short, until it is continued
+    seconds: float = 0.0  # spent in the current epoch so far
+    teacher: dict[str, float] | None = None  # its test errors, as `Run.evaluate` gives them
+
+    @property
+    def lines(self) -> list[reporting.Metrics]:
+        """What metrics.jsonl holds."""
+        return self.history + ([self.partial] if self.partial else [])
+
+
+class TrainState:
+    """All that the rest of a training depends on, on every rank: what a checkpoint stores and restores."""
+
+    def __init__(
+        self,
+        student: Tapped,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        ranks: Ranks,
+    ) -> None:
+        self.student, self.optimizer, self.scaler, self.ranks = student, optimizer, scaler, ranks
+        self.progress = Progress()
+        self.sums = torch.zeros(SUMS, dtype=torch.float64, device=ranks.device)  # over the current epoch
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What has a state of its own, by its name in the checkpoint."""
+        hints = {} if self.student.hints is None else {"hints": self.student.hints}
+        return {"model": self.student.model, **hints, "optimizer": self.optimizer, "scaler": self.scaler}
+
+    def collect(self) -> dict[str, Any] | None:
+        """The state, on rank 0; all ranks must call."""
+        buffers = list(self.student.model.buffers()) if self.ranks.world > 1 else []
+        mine = {
+            "sums": self.sums.cpu(),
+            "rng": _rng_state(self.ranks.device),
+            "buffers": [buffer.cpu() for buffer in buffers],
+        }
+        ranks = self.ranks.gather(mine)
+        if not self.ranks.first:
+            return None
+        states = {
+            name: checkpoint.weights(part) if isinstance(part, nn.Module) else part.state_dict()
+            for name, part in self.parts.items()
+        }
+        return states | {"progress": asdict(self.progress), "ranks": ranks}
+
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Take up what `collect` gave; ConfigError where it does not fit."""
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(stored[name])
+            self.progress = Progress(**stored["progress"])
+            if not isinstance(self.progress.step, int) or not isinstance(self.progress.history, list):
+                raise TypeError("its progress is not one of a run")
+            self._restore_rank(stored["ranks"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            raise ConfigError(f"the checkpoint to resume from does not fit this run: {error}") from None
+
+    def _restore_rank(self, states: list[dict[str, Any]]) -> None:
+        if len(states) == self.ranks.world:
+            mine = states[self.ranks.rank]
+            self.sums.copy_(mine["sums"])
+            _set_rng_state(mine["rng"], self.ranks.device)
+            for buffer, value in zip(self.student.model.buffers(), mine.get("buffers", ()), strict=False):
+                buffer.copy_(value)
+        elif self.ranks.first:  # another number of ranks: the totals count, whoever holds them
+            self.sums.copy_(torch.stack([state["sums"] for state in states]).sum(0))
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
