@@ -84,7 +84,7 @@ def find(name: str) -> Architecture:
     hint = (
         f"close names: {', '.join(close)}"
         if close
-        else f"{len(known)} models are known, none of a close name"
+        else f"none of the {len(known)} known models has a close name"
     )
     raise ValueError(f"unknown model {name!r}; {hint}")
 

@@ -24,12 +24,18 @@ _library.define(
 )
 _library.define(
     "attention_loss(Tensor[] students, Tensor[] teachers, float[] weights, float p, str mapping, float eps, "
-    "bool reduce, bool student_slopes, bool teacher_slopes, bool student_grads, str backend) "
+    "bool reduce, str backend) -> Tensor"
+)
+# What a backward pass needs besides: without a derivative of its own.
+_library.define(
+    "attention_loss_forward(Tensor[] students, Tensor[] teachers, float[] weights, float p, str mapping, "
+    "float eps, bool reduce, bool student_slopes, bool teacher_slopes, bool student_grads, str backend) "
     "-> (Tensor loss, Tensor[] slopes, Tensor[] grads)"
 )
 attention_maps = torch.ops.at_fused.attention_maps.default
 attention_maps_backward = torch.ops.at_fused.attention_maps_backward.default
 attention_loss = torch.ops.at_fused.attention_loss.default
+attention_loss_forward = torch.ops.at_fused.attention_loss_forward.default
 
 
 def _backend(name: str) -> Any:
@@ -49,6 +55,20 @@ def _attention_maps_backward(
 
 
 def _attention_loss(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    weights: list[float],
+    p: float,
+    mapping: str,
+    eps: float,
+    reduce: bool,
+    backend: str,
+) -> Tensor:
+    options = (p, mapping, eps, reduce, False, False, False)
+    return _backend(backend).attention_loss(students, teachers, weights, *options)[0]
+
+
+def _attention_loss_forward(
     students: list[Tensor], teachers: list[Tensor], weights: list[float], *options: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return _backend(options[-1]).attention_loss(students, teachers, weights, *options[:-1])
@@ -57,6 +77,7 @@ def _attention_loss(
 _library.impl("attention_maps", _attention_maps, "CompositeExplicitAutograd")
 _library.impl("attention_maps_backward", _attention_maps_backward, "CompositeExplicitAutograd")
 _library.impl("attention_loss", _attention_loss, "CompositeExplicitAutograd")
+_library.impl("attention_loss_forward", _attention_loss_forward, "CompositeExplicitAutograd")
 
 
 # --- shapes -----------------------------------------------------------------------------------------
@@ -76,6 +97,20 @@ def _fake_maps_backward(
 
 @torch.library.register_fake("at_fused::attention_loss", lib=_library)
 def _fake_loss(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    weights: list[float],
+    p: float,
+    mapping: str,
+    eps: float,
+    reduce: bool,
+    backend: str,
+) -> Tensor:
+    return empty_loss_outputs(students, teachers, reduce, False, False, False)[0]
+
+
+@torch.library.register_fake("at_fused::attention_loss_forward", lib=_library)
+def _fake_loss_forward(
     students: list[Tensor],
     teachers: list[Tensor],
     weights: list[float],
@@ -103,11 +138,15 @@ def _requires_grad(*groups: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for group in groups for tensor in group)
 
 
-def _save_for_backward(ctx: Any, *tensors: Tensor) -> None:
-    """Inference tensors, such as a teacher's features, can't be saved: they are held as they are."""
-    ctx.held = [tensor if tensor.is_inference() else None for tensor in tensors]
-    pairs = zip(tensors, ctx.held, strict=True)
-    ctx.save_for_backward(*(tensor if held is None else None for tensor, held in pairs))
+def _save_for_backward(ctx: Any, feats: Sequence[Tensor], slopes: Sequence[Tensor] = ()) -> None:
+    """Features that need no gradient, such as a teacher's, are held as they are: only double backward reads
+    them, so that until then they may change, and inference tensors can't be saved."""
+    needed = ctx.needs_input_grad[3:]
+    ctx.held = [None if need else feat for feat, need in zip(feats, needed, strict=True)]
+    ctx.versions = [None if feat is None or feat.is_inference() else feat._version for feat in ctx.held]
+    saved = [feat if need else None for feat, need in zip(feats, needed, strict=True)]
+    ctx.held += [None] * len(slopes)
+    ctx.save_for_backward(*saved, *slopes)
 
 
 def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
@@ -116,11 +155,20 @@ def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
     return tuple(tensor if held is None else held for tensor, held in pairs)
 
 
+def _check_unchanged(ctx: Any) -> None:
+    for feat, version in zip(ctx.held, ctx.versions, strict=False):
+        if version is not None and feat._version != version:
+            raise RuntimeError(
+                f"a feature {tuple(feat.shape)} that double backward needs has been modified in place since "
+                "the loss was computed"
+            )
+
+
 class _Maps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: float, mapping: str, backend: str, *feats: Tensor) -> tuple[Tensor, ...]:
         ctx.options = (p, mapping, backend)
-        _save_for_backward(ctx, *feats)
+        _save_for_backward(ctx, feats)
         ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowAutograd():
             return tuple(attention_maps(list(feats), p, mapping, backend))
@@ -169,12 +217,10 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, weights: list[float], options: tuple[Any, ...], backend: str, *feats: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         count = len(weights)
-        p, mapping, eps, reduce, student_slopes, teacher_slopes, student_grads = options
+        p, _, _, reduce = options
         student_needs, teacher_needs = ctx.needs_input_grad[3 : 3 + count], ctx.needs_input_grad[3 + count :]
-        student_slopes = student_slopes or any(student_needs)
-        teacher_slopes = teacher_slopes or any(teacher_needs)
         ahead = (
             reduce
             and all(student_needs)
@@ -183,23 +229,22 @@ class _Loss(torch.autograd.Function):
             and all(type(feat) is Tensor for feat in feats)  # tracing can't look at the upstream gradient
             and _backend(backend).ahead(feats[:count], feats[count:], p)
         )
-        options = (p, mapping, eps, reduce, student_slopes, teacher_slopes, student_grads or ahead)
+        wanted = (any(student_needs), any(teacher_needs), ahead)
         with torch._C._AutoDispatchBelowAutograd():
-            loss, slopes, grads = attention_loss(
-                list(feats[:count]), list(feats[count:]), weights, *options, backend
+            loss, slopes, grads = attention_loss_forward(
+                list(feats[:count]), list(feats[count:]), weights, *options, *wanted, backend
             )
         ctx.weights, ctx.options, ctx.backend = weights, options, backend
+        ctx.first_slope = 0 if any(student_needs) else count
         ctx.ready = grads if ahead else None
-        _save_for_backward(ctx, *feats, *slopes)
-        outputs = (*slopes, *(grads if student_grads else ()))
-        ctx.mark_non_differentiable(*outputs)
+        _save_for_backward(ctx, feats, slopes)
         ctx.set_materialize_grads(False)
-        return loss, *outputs
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         count = len(ctx.weights)
-        p, mapping, eps, reduce, student_slopes, *_rest = ctx.options
+        p, mapping, eps, reduce = ctx.options
         saved = _saved_tensors(ctx)
         feats, slopes = saved[: 2 * count], saved[2 * count :]
         needed = ctx.needs_input_grad[3:]
@@ -208,6 +253,7 @@ class _Loss(torch.autograd.Function):
             return None, None, None, *grads
 
         if torch.is_grad_enabled():  # create_graph=True: the slopes' own derivatives are needed too.
+            _check_unchanged(ctx)
 
             def recompute(*feats: Tensor) -> list[Tensor]:
                 students, teachers = feats[:count], feats[count:]
@@ -227,9 +273,11 @@ class _Loss(torch.autograd.Function):
                 return None, None, None, *ready, *[None] * count
 
         wanted = [i for i in range(2 * count) if needed[i]]
-        first_slope = 0 if student_slopes else count
         scale = grad if reduce else _pick(grad, [i % count for i in wanted])
-        wanted_feats, wanted_slopes = [feats[i] for i in wanted], [slopes[i - first_slope] for i in wanted]
+        wanted_feats, wanted_slopes = (
+            [feats[i] for i in wanted],
+            [slopes[i - ctx.first_slope] for i in wanted],
+        )
         computed = attention_maps_backward(wanted_feats, wanted_slopes, scale, p, mapping, ctx.backend)
         for i, feat_grad in zip(wanted, computed, strict=True):
             grads[i] = feat_grad
@@ -269,7 +317,10 @@ def _recomputed_gradients(
                 allow_unused=True,
             )
         )
-    return [next(found) if need and x is not None else None for x, need in zip(inputs, needed, strict=True)]
+    return [
+        reference.in_format(next(found), x) if need and x is not None else None
+        for x, need in zip(inputs, needed, strict=True)
+    ]
 
 
 def _maps_autograd(feats: list[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
@@ -290,11 +341,9 @@ def _maps_backward_autograd(
 
 def _loss_autograd(
     students: list[Tensor], teachers: list[Tensor], weights: list[float], *options: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+) -> Tensor:
     if _requires_grad(students, teachers):
-        loss, *rest = _Loss.apply(weights, options[:-1], options[-1], *students, *teachers)
-        slopes = len(rest) - len(students) * options[-2]
-        return loss, rest[:slopes], rest[slopes:]
+        return _Loss.apply(weights, options[:-1], options[-1], *students, *teachers)
     with torch._C._AutoDispatchBelowAutograd():
         return attention_loss(students, teachers, weights, *options)
 

@@ -81,7 +81,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="instead of files: test images of a data set of the trainer, as cifar10",
     )
-    add("--data-dir", metavar="DIR", help="where the data set lies, as for train.py")
+    add("--data-dir", metavar="DIR", help="folder of the data set, as for train.py")
     add(
         "--indices",
         nargs="+",
@@ -117,7 +117,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--overlay", action="store_true", help="lay the maps over the images, instead of beside them")
     add("--predictions", action="store_true", help="write what each network sees above its map")
-    add("--classes", metavar="FILE", help="names of the classes, one a line")
+    add("--classes", metavar="FILE", help="class names, one per line")
     add("--compare-to", metavar="TITLE", help="write the cosine similarity to this network's map below each")
     add("--colours", default="viridis", metavar="NAME", help="a colour map of matplotlib (default viridis)")
     add("--out", required=True, type=Path, metavar="FILE", help="the picture: .png, .pdf, .svg")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._checks import check_real, check_targets, described, summed_cross_entropy
 from .reference import accumulation_dtype
 
 
@@ -24,36 +26,30 @@ def distillation_loss(
         Scalar in fp32 (fp64 for fp64 logits). An empty batch gives 0.
 
     Raises:
-        TypeError: logits that are not floating-point tensors.
-        ValueError: the shapes of the logits differ, T <= 0, or alpha outside [0, 1].
+        TypeError: logits that are not floating-point tensors, targets of another kind, T or alpha no number.
+        ValueError: the shapes do not fit, T <= 0, or alpha outside [0, 1].
     """
     for logits in (s_logits, t_logits):
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
-            kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(f"logits must be floating-point tensors, got {kind}")
+            raise TypeError(f"logits must be floating-point tensors, got {described(logits, dtype=True)}")
     if s_logits.shape != t_logits.shape or s_logits.ndim != 2:
         raise ValueError(
             f"student logits {tuple(s_logits.shape)} and teacher logits {tuple(t_logits.shape)} "
             "must both be (B, n_classes)"
         )
+    check_real("temperature", temperature)
+    check_real("alpha", alpha)
+    check_targets(targets)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    if targets.shape[:1] != s_logits.shape[:1]:
-        raise ValueError(
-            f"targets {tuple(targets.shape)} and logits {tuple(s_logits.shape)} differ in batch size"
-        )
     wide = accumulation_dtype(s_logits.dtype)
     s_logits, t_logits = s_logits.to(wide), t_logits.to(wide)
     batch = max(s_logits.shape[0], 1)
-    soft = F.kl_div(
-        F.log_softmax(s_logits / temperature, dim=1),
-        F.log_softmax(t_logits / temperature, dim=1),
-        reduction="sum",
-        log_target=True,
-    )
-    if targets.is_floating_point():
-        targets = targets.to(wide)
-    hard = F.cross_entropy(s_logits, targets, reduction="sum")
+    s_soft, t_soft = (F.log_softmax(logits / temperature, dim=1) for logits in (s_logits, t_logits))
+    # A class that the teacher rules out (-inf) costs nothing.
+    surplus = (t_soft - s_soft).masked_fill(t_soft == -torch.inf, 0)
+    soft = (t_soft.exp() * surplus).sum()
+    hard = summed_cross_entropy(s_logits, targets)
     return (alpha * temperature**2 * soft + (1 - alpha) * hard) / batch

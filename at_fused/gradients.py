@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._checks import check_targets, described, summed_cross_entropy
 from .reference import accumulation_dtype, without_autocast
 from .taps import unknown_name
 
@@ -163,24 +163,14 @@ def _gradient(
             raise ValueError("logits can't be given with a layer, or without an x that requires grad")
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
             raise ValueError(
-                f"the model must map x {tuple(x.shape)} to logits (B, n_classes), got {_kind(logits)}"
+                f"the model must map x {tuple(x.shape)} to logits (B, n_classes), got "
+                f"{described(logits, dtype=True)}"
             )
         # Outside autocast: backward follows the dtypes that forward has chosen.
         with without_autocast(x.device.type):
-            loss = _cross_entropy(logits, targets)
+            loss = summed_cross_entropy(logits.to(accumulation_dtype(logits.dtype)), targets)
             (j,) = torch.autograd.grad(loss, at, create_graph=create_graph)
     return j, logits
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over the batch."""
-    shapes = f"targets {_kind(targets)} do not fit logits {tuple(logits.shape)}"
-    if targets.shape != (logits.shape if targets.is_floating_point() else logits.shape[:1]):
-        raise ValueError(f"{shapes}: expected int64 (B,) or probabilities (B, n_classes)")
-    try:
-        return F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), targets, reduction="sum")
-    except IndexError:
-        raise ValueError(f"{shapes}: expected classes from 0 to {logits.shape[1] - 1}") from None
 
 
 def _forward(model: nn.Module, x: Tensor, layer: str | None, batch_norm: str) -> tuple[Tensor, Tensor]:
@@ -223,7 +213,9 @@ def _tap(model: nn.Module, layer: str | None) -> Iterator[list[Tensor]]:
 
     def record(module: nn.Module, args: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor) or not output.is_floating_point():
-            raise TypeError(f"layer {layer!r} returned {_kind(output)}, not a floating-point tensor")
+            raise TypeError(
+                f"layer {layer!r} returned {described(output, dtype=True)}, not a floating-point tensor"
+            )
         tapped.append(output if output.requires_grad else output.detach().requires_grad_())
         return tapped[-1].clone()  # what follows may work in place
 
@@ -242,20 +234,13 @@ def _half_mean_square(a: Tensor, b: Tensor | None = None) -> Tensor:
         return difference.square().sum() / (2 * max(len(a), 1))
 
 
-def _check(model: object, x: object, targets: object, batch_norm: str) -> None:
+def _check(model: object, x: object, targets: Tensor, batch_norm: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim:
-        raise TypeError(f"x must be a floating-point tensor (B, ...), got {_kind(x)}")
-    if not isinstance(targets, Tensor) or not (targets.dtype == torch.int64 or targets.is_floating_point()):
-        raise TypeError(f"targets must be int64 classes or probabilities, got {_kind(targets)}")
+        raise TypeError(f"x must be a floating-point tensor (B, ...), got {described(x, dtype=True)}")
+    check_targets(targets)
     if targets.shape[:1] != x.shape[:1]:
         raise ValueError(f"x {tuple(x.shape)} and targets {tuple(targets.shape)} differ in batch size")
     if batch_norm not in _BATCH_NORM:
         raise ValueError(f"batch_norm must be one of {_BATCH_NORM}, got {batch_norm!r}")
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    return type(value).__name__

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .reference import accumulation_dtype, without_autocast
+from ._checks import described
+from .reference import EPS, accumulation_dtype, sample_norm, without_autocast
 
 
 class FeatureHints(nn.Module):
@@ -46,7 +48,7 @@ class FeatureHints(nn.Module):
         if len(self.student_channels) != len(self.teacher_channels):
             raise ValueError(
                 f"student_channels {self.student_channels} and teacher_channels {self.teacher_channels} "
-                "must be as many"
+                "must be of the same number"
             )
         self.regressors = nn.ModuleList(
             nn.Identity() if s == t else nn.Conv2d(s, t, kernel_size=1)
@@ -68,8 +70,7 @@ class FeatureHints(nn.Module):
         return torch.stack(losses).sum()
 
     def _check(self, index: int, student: Tensor, teacher: Tensor) -> None:
-        shapes = [tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__ for f in (student, teacher)]
-        pair = f"pair {index}: student {shapes[0]} and teacher {shapes[1]}"
+        pair = f"pair {index}: student {described(student)} and teacher {described(teacher)}"
         if not all(isinstance(feat, Tensor) and feat.is_floating_point() for feat in (student, teacher)):
             raise TypeError(f"{pair} must be floating-point tensors")
         if student.ndim != 4 or teacher.ndim != 4:
@@ -99,19 +100,20 @@ def _distance(student: Tensor, teacher: Tensor) -> Tensor:
 def _unit(feat: Tensor) -> Tensor:
     """Each sample divided by its l2 norm; one that is 0 stays 0, and gets no gradient."""
     flat = feat.to(accumulation_dtype(feat.dtype)).flatten(1)
-    # In fp64, which MPS lacks: the squares of large activations overflow fp32.
-    wide = flat.dtype if flat.device.type == "mps" else torch.float64
-    norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True, dtype=wide)
-    return flat / norm.masked_fill(norm < 1e-12, torch.inf).to(flat.dtype)
+    norm = sample_norm(flat)
+    return flat / norm.masked_fill(norm < EPS, torch.inf)
 
 
-def _channels(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    channels = (value,) if isinstance(value, int) else tuple(value)
+def _channels(name: str, value: object) -> tuple[int, ...]:
+    channels = (value,) if isinstance(value, numbers.Integral) else value
+    if isinstance(channels, str) or not isinstance(channels, Iterable):
+        raise TypeError(f"{name} must be an integer or a sequence of them, got {value!r}")
+    channels = tuple(channels)
     for number in channels:
-        if isinstance(number, bool) or not isinstance(number, int):
+        if isinstance(number, bool) or not isinstance(number, numbers.Integral):
             raise TypeError(f"{name} must be integers, got {value!r}")
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {value!r}")
     if not channels:
         raise ValueError(f"{name} is empty: at least one pair is needed")
-    return channels
+    return tuple(map(int, channels))

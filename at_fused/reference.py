@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+EPS = 1e-12  # smallest norm that is divided by; compared in fp32 or fp64, as fp16 holds 0 in its place
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -31,7 +33,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def attention_map(feat: Tensor, p: float, mapping: str) -> Tensor:
     """Raw map F_sum^p or F_max^p of `feat` (B, C, *spatial): (B, *spatial), section 3.1 of the paper."""
     with without_autocast(feat.device.type):
-        feat = feat.to(accumulation_dtype(feat.dtype))
+        feat = _keeping_format(feat).to(accumulation_dtype(feat.dtype))
         if mapping == "max":
             # argmax names the first channel on ties; amax would share the gradient among them.
             strongest = feat.detach().abs().argmax(1, keepdim=True)
@@ -73,15 +75,40 @@ def _abs_power_derivative(x: Tensor, p: float) -> Tensor:
     return p * _abs_power(x, p - 1) * x.sgn()
 
 
+def in_format(grad: Tensor | None, feat: Tensor) -> Tensor | None:
+    """`grad` with its dimensions in the order in memory that `feat`'s have."""
+    strides = torch.empty_like(feat).stride()
+    if grad is None or grad.stride() == strides:
+        return grad
+    order = sorted(range(grad.ndim), key=lambda dim: -strides[dim])
+    return grad.permute(order).contiguous().permute([order.index(dim) for dim in range(grad.ndim)])
+
+
+def _keeping_format(feat: Tensor) -> Tensor:
+    """A view of `feat` whose gradient is handed on in its memory format; compilers see to that themselves."""
+    if not feat.requires_grad or torch.compiler.is_compiling():
+        return feat
+    view = feat.view_as(feat)
+    view.register_hook(lambda grad: in_format(grad, feat))
+    return view
+
+
 def normalize_map(attention: Tensor, order: str | None, eps: float) -> Tensor:
     """Divides each sample's map by its l2 or l1 norm over all positions, clamped below by `eps`."""
     if order is None:
         return attention
     positions = attention.flatten(1)
-    # In fp64, which MPS lacks: the squares of large maps overflow fp32.
-    wide = positions.dtype if positions.device.type == "mps" else torch.float64
-    norm = torch.linalg.vector_norm(positions, 2 if order == "l2" else 1, dim=1, keepdim=True, dtype=wide)
-    return (positions / norm.to(positions.dtype).clamp_min(eps)).view_as(attention)
+    norm = sample_norm(positions, 2 if order == "l2" else 1)
+    return (positions / norm.clamp_min(eps)).view_as(attention)
+
+
+def sample_norm(values: Tensor, order: int = 2) -> Tensor:
+    """Norms (B, 1) of (B, n), summed in fp64, which MPS lacks: squares of large values overflow fp32."""
+    wide = values.dtype if values.device.type == "mps" else torch.float64
+    # Rows of zeros, where its second derivative would be NaN, are replaced by ones.
+    zero = (values.detach() == 0).all(1, keepdim=True)
+    norm = torch.linalg.vector_norm(values.masked_fill(zero, 1), order, dim=1, keepdim=True, dtype=wide)
+    return norm.to(values.dtype).masked_fill(zero, 0)
 
 
 def resize_map(attention: Tensor, size: Sequence[int], mode: str) -> Tensor:
@@ -103,7 +130,8 @@ def map_distance(student: Tensor, teacher: Tensor, distance: str, norm_order: fl
         return difference.square().sum() / max(difference.numel(), 1)
     if not difference.shape[1]:
         return difference.sum()  # no maximum of no positions: 0
-    # By its largest, and of ones where there is none: no power underflows, and no derivative at 0 is needed.
+    # Scaled by the largest difference, so that no power underflows; equal maps, where the norm has no
+    # derivative, are replaced by ones.
     largest = difference.detach().abs().amax(1)
     equal = largest == 0
     scale = largest.masked_fill(equal | largest.isinf(), 1)
@@ -114,35 +142,9 @@ def map_distance(student: Tensor, teacher: Tensor, distance: str, norm_order: fl
 
 
 def loss_from_maps(
-    student_map: Tensor,
-    teacher_map: Tensor,
-    *,
-    normalize: str | None,
-    distance: str,
-    norm_order: float,
-    resize: str,
-    eps: float,
-) -> Tensor:
-    """One pair's loss from its raw maps; the teacher's is resized to the student's grid, then normalised."""
-    with without_autocast(student_map.device.type):
-        teacher_map = resize_map(teacher_map, student_map.shape[1:], resize)
-        student_map = normalize_map(student_map, normalize, eps)
-        teacher_map = normalize_map(teacher_map, normalize, eps)
-        return map_distance(student_map, teacher_map, distance, norm_order)
-
-
-def combine(losses: Sequence[Tensor], weights: Sequence[float], reduce: bool) -> Tensor:
-    """Weights the pairs' scalar losses and stacks them into (n_pairs,), or sums them into a scalar."""
-    weighted = torch.stack([loss * weight for loss, weight in zip(losses, weights, strict=True)])
-    return weighted.sum() if reduce else weighted
-
-
-def attention_loss(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     weights: Sequence[float],
-    p: float,
-    mapping: str,
     *,
     reduce: bool,
     eps: float,
@@ -151,17 +153,26 @@ def attention_loss(
     norm_order: float = 2,
     resize: str = "error",
 ) -> Tensor:
-    """Attention-transfer loss over all pairs: a scalar if `reduce`, else (n_pairs,)."""
-    losses = [
-        loss_from_maps(
-            attention_map(student, p, mapping),
-            attention_map(teacher, p, mapping),
-            normalize=normalize,
-            distance=distance,
-            norm_order=norm_order,
-            resize=resize,
-            eps=eps,
-        )
-        for student, teacher in zip(students, teachers, strict=True)
-    ]
-    return combine(losses, weights, reduce)
+    """The loss from raw maps; a teacher's is resized to its student's grid, then normalised."""
+    losses = []
+    for student, teacher, weight in zip(students, teachers, weights, strict=True):
+        with without_autocast(student.device.type):
+            teacher = normalize_map(resize_map(teacher, student.shape[1:], resize), normalize, eps)
+            student = normalize_map(student, normalize, eps)
+            losses.append(weight * map_distance(student, teacher, distance, norm_order))
+    return torch.stack(losses).sum() if reduce else torch.stack(losses)
+
+
+def attention_loss(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Sequence[float],
+    p: float,
+    mapping: str,
+    **options: Any,
+) -> Tensor:
+    """Attention-transfer loss over all pairs, a scalar if `reduce`, else (n_pairs,); options as above."""
+    student_maps, teacher_maps = (
+        [attention_map(feat, p, mapping) for feat in feats] for feats in (students, teachers)
+    )
+    return loss_from_maps(student_maps, teacher_maps, weights, **options)

@@ -67,7 +67,7 @@ class FeatureTaps:
             if not self._handles:
                 raise RuntimeError("these taps are closed: read features before the end of the with block")
             raise RuntimeError(
-                f"no forward pass has reached the tapped modules {missing} of this very model (a copy has no "
+                f"no forward pass has reached the tapped modules {missing} of this model (a copy has no "
                 "taps; under torch.compile a model must be tapped before its first call)"
             )
         for name in self.names:
@@ -76,8 +76,8 @@ class FeatureTaps:
             if len(versions) > 1 and name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(
-                    f"what {name!r} returned was changed in place after it was recorded (by a ReLU, say): "
-                    "the feature is what that left; tap the later module, or make it work out of place",
+                    f"the output of {name!r} was modified in place after it was recorded (by a ReLU, say): "
+                    "the feature holds the modified values; tap the later module, or make it out-of-place",
                     stacklevel=2,
                 )
         return [self._outputs[name][0] for name in self.names]

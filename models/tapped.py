@@ -1,4 +1,4 @@
-"""What every model of the zoo offers beside ``nn.Module``."""
+"""What every model of the zoo offers besides ``nn.Module``."""
 
 from __future__ import annotations
 

@@ -84,6 +84,18 @@ def test_sparse_features() -> None:
         at_fused.attention_loss(torch.ones(2, 3, 4).to_sparse(), torch.ones(2, 3, 4))
 
 
+def test_nested_features() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(3, 4, 4), torch.ones(3, 4, 5)])
+    with pytest.raises(TypeError, match=mentions("pair 0", "nested", GOOD)):
+        at_fused.attention_loss(nested, torch.ones(GOOD))
+
+
+@pytest.mark.parametrize("weights, kind", [(1.0, TypeError), ("12", TypeError), ([], ValueError)])
+def test_weights_of_a_module(weights: object, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="weights"):
+        at_fused.AttentionLoss(weights=weights)
+
+
 def test_module_is_made_under_any_default_device() -> None:
     with torch.device("meta"):
         at_fused.AttentionLoss(weights=[1.0, 2.0])

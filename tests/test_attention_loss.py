@@ -61,6 +61,10 @@ def test_gradient_keeps_the_memory_format(layout, backend: str) -> None:
     s, t = pair((3, 8, 6, 5), 4, layout=layout, dtype=torch.bfloat16, device=cases.device_of(backend))
     grads = check_loss([s], [t], backend=backend)
     assert [g.stride() for g in grads] == [s.stride(), t.stride()]
+    for create_graph in (False, True):  # not as leaves, whose .grad gets its format elsewhere
+        loss = at_fused.attention_loss(s, t, backend=backend)
+        grads = torch.autograd.grad(loss, [s, t], create_graph=create_graph)
+        assert [g.stride() for g in grads] == [s.stride(), t.stride()]
 
 
 @each_backend

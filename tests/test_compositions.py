@@ -133,6 +133,38 @@ def test_inputs_modified_before_backward_are_refused(backend: str) -> None:
 
 
 @each_backend
+def test_a_frozen_teacher_may_change_before_backward(backend: str) -> None:
+    """As where its maps are all that is kept of it; double backward, which reads it again, says so."""
+    s, t = (x[0] for x in features(cases.device_of(backend)))
+    s, t = s.detach().requires_grad_(), t.detach()
+    (expected,) = torch.autograd.grad(at_fused.attention_loss(s, t, backend=backend), s)
+    loss = at_fused.attention_loss(s, t, backend=backend)
+    t.zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss, s, retain_graph=True)[0], expected)
+    if backend != "reference":
+        with pytest.raises(RuntimeError, match="modified in place since the loss was computed"):
+            torch.autograd.grad(loss, s, create_graph=True)
+
+
+@each_backend
+def test_second_derivatives_at_maps_of_zeros_are_finite(backend: str) -> None:
+    s, t = pair_with_a_dead_sample(cases.device_of(backend))
+    for options in ({}, {"p": 1}, {"p": 3}, {"mapping": "max"}, {"normalize": "l1"}, {"distance": "norm"}):
+        loss = at_fused.attention_loss(s, t, backend=backend, **options)
+        (first,) = torch.autograd.grad(loss, s, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), s)
+        assert second.isfinite().all(), options
+        assert (second[0] == 0).all(), options
+        assert (second[1] != 0).any(), options
+
+
+def pair_with_a_dead_sample(device: torch.device) -> tuple[Tensor, Tensor]:
+    s, t = (feature(2, 3, 4, 4, seed=seed, dtype=torch.float32, device=device).detach() for seed in (0, 1))
+    s[0] = 0
+    return s.requires_grad_(), t
+
+
+@each_backend
 def test_features_of_a_network_get_both_gradients(backend: str) -> None:
     """The gradient of the attention loss is added to the one that comes from the next layer."""
     device = cases.device_of(backend)
@@ -177,8 +209,11 @@ def test_opcheck(mapping: str, backend: str) -> None:
         args = (s_feats, maps, scale, 2.0, mapping, backend)
         torch.library.opcheck(ops.attention_maps_backward.default, args)
     for reduce, slopes, grads in [(True, False, False), (False, True, False), (True, True, True)]:
-        args = (s_feats, t_feats, [1.0, 0.5], 2.0, mapping, 1e-12, reduce, slopes, slopes, grads, backend)
-        torch.library.opcheck(ops.attention_loss.default, args)
+        args = ([1.0, 0.5], 2.0, mapping, 1e-12, reduce)
+        torch.library.opcheck(ops.attention_loss.default, (s_feats, t_feats, *args, backend))
+        detached = ([feat.detach() for feat in feats] for feats in (s_feats, t_feats))
+        args = (*detached, *args, slopes, slopes, grads, backend)
+        torch.library.opcheck(ops.attention_loss_forward.default, args)
 
 
 def value_and_grads(loss_fn, s_feats: list[Tensor], t_feats: list[Tensor]) -> list[Tensor]:
@@ -262,6 +297,9 @@ def test_export(backend: str) -> None:
     args = (feature(2, 3, 6, 6, device=device).detach(), feature(2, 5, 4, 4, seed=1, device=device).detach())
     exported = torch.export.export(module, args)
     torch.testing.assert_close(exported.module()(*args), module(*args))
+    with torch.no_grad():  # as where it is deployed
+        torch.testing.assert_close(exported.module()(*args), module(*args))
+    torch.testing.assert_close(exported.run_decompositions().module()(*args), module(*args))
     buffer = io.BytesIO()
     torch.export.save(exported, buffer)
     buffer.seek(0)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import truth
 
 import at_fused
@@ -55,7 +59,7 @@ def test_half_precision_logits_are_compared_in_fp32(dtype: torch.dtype) -> None:
 def test_equal_logits_leave_the_cross_entropy() -> None:
     s, _, targets = logits(5, 10)
     loss = at_fused.distillation_loss(s, s.detach(), targets)
-    torch.testing.assert_close(loss, 0.1 * torch.nn.functional.cross_entropy(s, targets))
+    torch.testing.assert_close(loss, 0.1 * F.cross_entropy(s, targets))
 
 
 def test_shifted_logits_change_nothing() -> None:
@@ -91,9 +95,40 @@ def test_gradcheck() -> None:
 
 def test_probabilities_as_targets_follow_the_logits() -> None:
     s, t, targets = logits(3, 5, dtype=torch.float32)
-    soft = torch.nn.functional.one_hot(targets, 5).double()
+    soft = F.one_hot(targets, 5).double()
     loss = at_fused.distillation_loss(s, t, soft)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, at_fused.distillation_loss(s, t, targets))
     with pytest.raises(TypeError, match="floating-point"):
         at_fused.distillation_loss(s.long(), t, targets)
+
+
+def test_a_class_that_the_teacher_rules_out() -> None:
+    s, t, targets = logits(4, 5)
+    t[:, 2] = -torch.inf
+    loss = at_fused.distillation_loss(s, t, targets)
+    soft = F.kl_div(F.log_softmax(s / 4, 1), F.softmax(t / 4, 1), reduction="batchmean")
+    torch.testing.assert_close(loss, 0.9 * 16 * soft + 0.1 * F.cross_entropy(s, targets))
+    assert torch.autograd.grad(loss, s)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "targets, kind, words",
+    [
+        ([1, 2, 3], TypeError, "targets must be int64 classes or probabilities, got list"),
+        (torch.zeros(3, dtype=torch.int32), TypeError, "got int32 (3,)"),
+        (torch.zeros(3, 1, dtype=torch.int64), ValueError, "int64 (3, 1) do not fit logits (3, 5)"),
+        (torch.full((3,), 5), ValueError, "expected classes from 0 to 4"),
+    ],
+)
+def test_bad_targets(targets: Any, kind: type[Exception], words: str) -> None:
+    s, t, _ = logits(3, 5)
+    with pytest.raises(kind, match=re.escape(words)):
+        at_fused.distillation_loss(s, t, targets)
+
+
+def test_bad_numbers() -> None:
+    s, t, targets = logits(3, 5)
+    for options in ({"temperature": "4"}, {"alpha": None}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))} must be a real number"):
+            at_fused.distillation_loss(s, t, targets, **options)

@@ -128,6 +128,8 @@ def test_under_autocast() -> None:
         (([], []), ValueError, "empty"),
         (([4.0], [4]), TypeError, "integers"),
         (([True], [4]), TypeError, "integers"),
+        ((4.0, 3), TypeError, "student_channels must be an integer or a sequence of them, got 4.0"),
+        ((3, None), TypeError, "teacher_channels must be"),
     ],
 )
 def test_bad_channels(channels: tuple, kind: type[Exception], words: str) -> None:
@@ -163,3 +165,19 @@ def test_bad_features() -> None:
         hints(good, good.int())
     with pytest.raises(TypeError, match="pair 0: student int"):
         hints([1], [good])
+
+
+def test_second_derivatives_at_a_dead_sample() -> None:
+    hints, (s, t) = at_fused.FeatureHints(3, 3), torch.randn(2, 2, 3, 4, 4)
+    s[0] = 0
+    s.requires_grad_()
+    (first,) = torch.autograd.grad(hints(s, t), s, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), s)
+    assert (first[0] == 0).all()
+    assert (second[0] == 0).all()
+    assert second.isfinite().all()
+    assert (second[1] != 0).any()
+
+
+def test_numpy_integers_are_channels() -> None:
+    assert at_fused.FeatureHints([np.int64(4)], np.array([3])).student_channels == (4,)

@@ -38,6 +38,14 @@ def tree(tmp_path: Path) -> Path:
     return copy
 
 
+def test_import_brings_in_nothing_heavy() -> None:
+    """Seconds of everybody's start: Dynamo, kernels and pictures come when they are used."""
+    heavy = ["torch._dynamo", "sympy", "triton", "matplotlib", "torchvision", "trainer", "models"]
+    code = f"import sys, torch, at_fused; print(set({heavy}) & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout == "set()\n"
+
+
 def build_wheel(tree: Path, **variables: str) -> tuple[subprocess.CompletedProcess[str], Path | None]:
     """Builds without network and returns pip's result and the wheel, if there is one."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AT_FUSED_") and k != "CXX"}

@@ -120,7 +120,7 @@ def test_an_output_changed_in_place_is_told_once(grad: bool, x: Tensor) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU())
     with at_fused.FeatureTaps(model, ["2", "0"]) as taps, torch.set_grad_enabled(grad):
         model(x)
-        with pytest.warns(UserWarning, match="what '0' returned was changed in place") as told:
+        with pytest.warns(UserWarning, match="the output of '0' was modified in place") as told:
             first, second = taps.features
         assert len(told) == 1
         assert first.min() < 0 <= second.min()

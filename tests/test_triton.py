@@ -217,7 +217,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("mapping", ["sum", "max"])
 @pytest.mark.parametrize("reduce", [True, False])
 def test_two_launches_forward_and_one_backward(mapping: str, reduce: bool, launches: list[Launch]) -> None:
-    """For all pairs of every kind, and beside them only allocations: no copy, and no wait for the device."""
+    """For all pairs of every kind, and besides them only allocations: no copy, and no wait for the device."""
     students = every_kind()
     teachers = [feature(*x.shape, seed=1, dtype=x.dtype, layout=cases.channels_last) for x in students]
     with Operators() as called:

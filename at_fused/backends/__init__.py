@@ -25,38 +25,26 @@ A backend is a module `backends/NAME.py` with
     settle(grads, students, slopes, scale, p) -> list[Tensor] | None
         Notes for the next guess whether the upstream gradient `scale` is 1, and makes the gradients that came
         ahead, if any did, right for it. None has them computed anew.
-
-A name listed here whose file does not exist yet is simply unavailable.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
 
 from torch import Tensor
 
-FUSED = ("cuda", "triton", "cpu")  # best first
-NAMES = (*FUSED, "reference")
+from . import cpu, cuda, triton
+
+# Settled at import, in plain containers, which torch.compile can look into. Best first.
+modules: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu}
+NAMES = (*modules, "reference")
+_unavailable: dict[str, str | None] = {name: module.unavailable() for name, module in modules.items()}
+_available = tuple(name for name in NAMES if _unavailable.get(name) is None)
 
 
 class BackendError(ValueError, RuntimeError):
     """A backend was named that can't serve the call: a bad argument because of the machine or the inputs."""
-
-
-# Settled at import, in plain containers, which torch.compile can look into.
-modules: dict[str, ModuleType] = {
-    name: importlib.import_module(f"{__name__}.{name}")
-    for name in FUSED
-    if importlib.util.find_spec(f"{__name__}.{name}")
-}
-_unavailable: dict[str, str | None] = {
-    name: modules[name].unavailable() if name in modules else "this version of at_fused has no such backend"
-    for name in FUSED
-}
-_available = tuple(name for name in NAMES if _unavailable.get(name) is None)
 
 
 def available_backends() -> tuple[str, ...]:

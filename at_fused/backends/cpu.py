@@ -21,8 +21,13 @@ def unavailable() -> str | None:
     try:
         torch.ops.load_library(_LIBRARY)
     except (OSError, RuntimeError) as error:
-        return f"its library does not load: {str(error).splitlines()[0]}"
+        return f"its library does not load: {load_error(error)}"
     return None
+
+
+def load_error(error: BaseException) -> str:
+    """Why a library does not load, in one line: the linker's reason, which torch wraps."""
+    return str(error.__cause__ or error).splitlines()[0]
 
 
 def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._outputs import empty_loss_outputs, empty_map
+from .cpu import load_error
 
 _LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 _MAX_PAIRS = 16  # per launch, as in csrc/cuda/feature.cuh
@@ -26,7 +27,8 @@ def unavailable() -> str | None:
     try:
         torch.ops.load_library(_LIBRARY)
     except (OSError, RuntimeError) as error:
-        return f"its library does not load: {str(error).splitlines()[0]}"
+        return f"its library does not load: {load_error(error)}"
+    mark_constant()
     return None
 
 
@@ -73,7 +75,11 @@ def rows_are_contiguous(feat: Tensor) -> bool:
 _known_limits: dict[int, tuple[str, int]] = {}
 
 
-@torch.compiler.assume_constant_result
+def mark_constant() -> None:
+    """Let Dynamo take `_limits` as it is; not where it is defined, as that imports all of Dynamo."""
+    torch.compiler.assume_constant_result(_limits)
+
+
 def _limits(device: int) -> tuple[str, int]:
     """Why the library can't run on the device, or "", and the positions of its largest map."""
     if device not in _known_limits:  # not functools.cache, which Dynamo looks through

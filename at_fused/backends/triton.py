@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 _OLDEST = (3, 6)  # 3.5 forgets, after a loop, the constants within a tuple of arguments
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_interpreter = threading.Lock()  # it keeps the running program's number in a global
+_interpreter = threading.Lock()  # the interpreter keeps the program's number in a global
 
 
 def unavailable() -> str | None:
-    """Looks for Triton without importing it, and for GPUs without starting CUDA, which would forbid forks."""
+    """Looks for Triton without importing it, and for GPUs without initialising CUDA, which forbids forks."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if _version() < _OLDEST:
@@ -40,7 +40,7 @@ def unavailable() -> str | None:
 
 
 def _version() -> tuple[int, ...]:
-    """Of the Triton installed, as far as its package tells: builds under other names count as new."""
+    """Version of the installed Triton; a build under another package name counts as new."""
     try:
         return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
     except (importlib.metadata.PackageNotFoundError, ValueError):

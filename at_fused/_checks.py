@@ -1,0 +1,174 @@
+"""Checks of the public functions' arguments: what is wrong with them, in one sentence."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends
+
+Features = Tensor | Sequence[Tensor]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_OPTIONS: dict[str, tuple[str | None, ...]] = {
+    "mapping": ("sum", "max"),
+    "normalize": (None, "l2", "l1"),
+    "distance": ("mse", "norm"),
+    "reduction": ("sum", "none"),
+    "resize": ("bilinear", "nearest", "error"),
+    "backend": ("auto", *backends.NAMES),
+}
+
+
+def check_real(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+
+
+def check_number(name: str, value: float, *, at_least: float, finite: bool = True) -> None:
+    check_real(name, value)
+    if not value >= at_least or (finite and value == math.inf):
+        raise ValueError(f"{name} must be {'a finite number ' if finite else ''}>= {at_least}, got {value}")
+
+
+def check_options(p: float, norm_order: float = 2, eps: float = 0, **words: str | None) -> None:
+    """The options that do not depend on the features; `words` are those of a few choices."""
+    check_number("p", p, at_least=1)
+    for name, value in words.items():
+        allowed = _OPTIONS[name]
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name} must be one of {allowed}, got {type(value).__name__}")
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    check_number("norm_order", norm_order, at_least=1, finite=False)
+    check_number("eps", eps, at_least=0)
+
+
+def feature_error(feat: object, channel_dim: int) -> tuple[type[Exception], str] | None:
+    """What keeps `feat` from being a feature with its channels at `channel_dim`: the error and its text."""
+    if not isinstance(feat, Tensor):
+        return TypeError, f"must be a tensor, got {type(feat).__name__}"
+    if feat.dtype not in _DTYPES:
+        return TypeError, f"must be fp64, fp32, bf16 or fp16, got {feat.dtype}"
+    if feat.is_nested or feat.layout != torch.strided:
+        return TypeError, f"must be a dense tensor, got {'a nested one' if feat.is_nested else feat.layout}"
+    if feat.ndim < 3:
+        return ValueError, "must have batch, channel and spatial dimensions"
+    if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+        return TypeError, f"channel_dim must be an integer, got {type(channel_dim).__name__}"
+    if not -feat.ndim <= channel_dim < feat.ndim or channel_dim % feat.ndim == 0:
+        return ValueError, f"has no channel_dim {channel_dim} besides its batch dimension"
+    if feat.shape[channel_dim] == 0:
+        return ValueError, "has no channels"
+    return None
+
+
+def channels_second(feat: Tensor, channel_dim: int) -> Tensor:
+    """A view of `feat` as (B, C, *spatial)."""
+    return feat if channel_dim == 1 else feat.movedim(channel_dim, 1)
+
+
+def check_pairs(
+    s_feats: Features, t_feats: Features, channel_dim: int, resize: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Both sides as lists of (B, C, *spatial) views, once every pair is known to match."""
+    if isinstance(s_feats, Tensor) and isinstance(t_feats, Tensor):
+        s_feats, t_feats = [s_feats], [t_feats]
+    for side, feats in (("s_feats", s_feats), ("t_feats", t_feats)):
+        if isinstance(feats, Tensor) or not isinstance(feats, Sequence):
+            raise TypeError(
+                f"s_feats and t_feats must be two tensors or two sequences: {side} is {described(feats)}"
+            )
+    if len(s_feats) != len(t_feats):
+        shapes = [[described(feat) for feat in feats] for feats in (s_feats, t_feats)]
+        raise ValueError(
+            f"student and teacher must have the same number of features: got {len(s_feats)} {shapes[0]} "
+            f"and {len(t_feats)} {shapes[1]}"
+        )
+    if not len(s_feats):
+        raise ValueError("s_feats and t_feats are empty: at least one pair is needed")
+    students: list[Tensor] = []
+    teachers: list[Tensor] = []
+    for index, (s_feat, t_feat) in enumerate(zip(s_feats, t_feats, strict=True)):
+        for side, feat in (("student", s_feat), ("teacher", t_feat)):
+            error = feature_error(feat, channel_dim)
+            if error:
+                kind, text = error
+                raise kind(f"pair {index}: {_pair(s_feat, t_feat)}: the {side} {text}")
+        student, teacher = channels_second(s_feat, channel_dim), channels_second(t_feat, channel_dim)
+        problem = _mismatch(student, teacher, resize)
+        if problem is None and students and student.device != students[0].device:
+            problem = f"are on {student.device}, pair 0 on {students[0].device}"
+        if problem:
+            raise ValueError(f"pair {index}: {_pair(s_feat, t_feat)} {problem}")
+        students.append(student)
+        teachers.append(teacher)
+    return students, teachers
+
+
+def _pair(student: object, teacher: object) -> str:
+    return f"student {described(student)} and teacher {described(teacher)}"
+
+
+def described(value: object, *, dtype: bool = False) -> str:
+    """The shape of a tensor, the type of anything else: for messages."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    shape = "nested tensor" if value.is_nested else str(tuple(value.shape))
+    return f"{str(value.dtype).removeprefix('torch.')} {shape}" if dtype else shape
+
+
+def _mismatch(student: Tensor, teacher: Tensor, resize: str) -> str | None:
+    """What keeps two (B, C, *spatial) features from forming a pair."""
+    if student.device != teacher.device:
+        return f"are on different devices, {student.device} and {teacher.device}"
+    if student.shape[0] != teacher.shape[0]:
+        return "differ in batch size"
+    if student.ndim != teacher.ndim:
+        return "differ in the number of spatial dimensions"
+    if student.shape[2:] != teacher.shape[2:]:
+        if resize == "error":
+            return 'differ in spatial size (resize="error")'
+        if 0 in student.shape[2:] or 0 in teacher.shape[2:]:
+            return "differ in spatial size, and one is empty"
+        if student.ndim > 5:
+            return "differ in spatial size, and maps of more than 3 dimensions can't be resized"
+    return None
+
+
+def check_weights(weights: Sequence[float], count: int | None = None) -> list[float]:
+    if isinstance(weights, (str, Tensor)) or not isinstance(weights, Sequence):
+        raise TypeError(f"weights must be a sequence of numbers, got {type(weights).__name__}")
+    for index, weight in enumerate(weights):
+        check_real(f"weights[{index}]", weight)
+    if count is None and not len(weights):
+        raise ValueError("weights are empty: one number per pair is needed")
+    if count is not None and len(weights) != count:
+        raise ValueError(f"weights must have one number per pair: got {len(weights)} for {count} pairs")
+    return [float(weight) for weight in weights]
+
+
+def check_targets(targets: object) -> None:
+    if not isinstance(targets, Tensor) or not (targets.dtype == torch.int64 or targets.is_floating_point()):
+        raise TypeError(
+            f"targets must be int64 classes or probabilities, got {described(targets, dtype=True)}"
+        )
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy, summed over the batch, of logits (B, n_classes); targets that do not fit: ValueError."""
+    soft = targets.is_floating_point()
+    if targets.shape == (logits.shape if soft else logits.shape[:1]):
+        try:
+            return F.cross_entropy(logits, targets.to(logits.dtype) if soft else targets, reduction="sum")
+        except IndexError:
+            expected = f"classes from 0 to {logits.shape[1] - 1}"
+    else:
+        expected = "int64 (B,) or probabilities (B, n_classes)"
+    shapes = f"targets {described(targets, dtype=True)} do not fit logits {tuple(logits.shape)}"
+    raise ValueError(f"{shapes}: expected {expected}")
