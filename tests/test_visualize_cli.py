@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import at_fused
+import at_fused.visualize.__main__ as cli
 import models
-from at_fused import _networks, _pictures, _visualize_cli
+from at_fused.visualize import features, networks, pictures
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,16 +57,16 @@ def drawing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             seen.update(options, images=images, networks=networks)
             return at_fused.visualize.attention_grid(images, networks, **options)
 
-        monkeypatch.setattr(_visualize_cli, "attention_grid", grid)
+        monkeypatch.setattr(cli, "attention_grid", grid)
         out = tmp_path / "x.png"
-        assert _visualize_cli.main([str(word) for word in (*words, "--out", out)]) == 0
+        assert cli.main([str(word) for word in (*words, "--out", out)]) == 0
         assert out.read_bytes().startswith(b"\x89PNG")
         return seen
 
     return run
 
 
-def normalised(images: Tensor, mean: Any = _networks.CIFAR10[0], std: Any = _networks.CIFAR10[1]) -> Tensor:
+def normalised(images: Tensor, mean: Any = networks.CIFAR10[0], std: Any = networks.CIFAR10[1]) -> Tensor:
     return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
@@ -92,7 +93,7 @@ def test_picks_images_of_folders_evenly(drawing: Any, folder: Path) -> None:
 
 
 def test_big_images_lose_the_border_that_evaluation_crops() -> None:
-    assert 1 - 2 * _pictures.BORDER == 224 / 256
+    assert 1 - 2 * pictures.BORDER == 224 / 256
 
 
 GROUPS, LAYERS = ["group1", "group2", "group3"], ["layer1", "layer2", "layer3", "layer4"]
@@ -193,8 +194,8 @@ def test_the_statistics_are_the_trainers(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Empty)
     cifar = data.load(make_config({"student": "-", "data-dir": tmp_path}), torch.device("cpu"))
     for (mean, std), theirs in (
-        (_networks.CIFAR10, (cifar.mean, cifar.std)),
-        (_networks.IMAGENET, (folders.MEAN, folders.STD)),
+        (networks.CIFAR10, (cifar.mean, cifar.std)),
+        (networks.IMAGENET, (folders.MEAN, folders.STD)),
     ):
         assert [255 * value for value in mean] == pytest.approx([float(m) for m in theirs[0]])
         assert [255 * value for value in std] == pytest.approx([float(s) for s in theirs[1]])
@@ -209,7 +210,7 @@ def test_predictions_are_named(drawing: Any, folder: Path, weights: Path, tmp_pa
         ["zero", "one", "two", "three", "four"][guess] for guess in guesses
     ]
     assert drawing(*words)["captions"]["wrn-10-1"] == [f"class {guess}" for guess in guesses]
-    assert _networks.categories(1000)[283] == "Persian cat"  # type: ignore[index]
+    assert networks.categories(1000)[283] == "Persian cat"  # type: ignore[index]
 
 
 def test_size_is_what_networks_get(drawing: Any, folder: Path, weights: Path) -> None:
@@ -244,7 +245,7 @@ def test_a_network_of_other_classes_is_neither_right_nor_wrong(
         losses.append(targets)
         return at_fused.input_gradient(model, x, targets, **options)
 
-    monkeypatch.setattr(_visualize_cli, "input_gradient", input_gradient)
+    monkeypatch.setattr(cli, "input_gradient", input_gradient)
     words = ("--dataset", "digits", "--indices", 0, 1, 2, "--predictions", "--gradient")
     seen = drawing("--model", "wrn-10-1", "--checkpoint", weights, *words)
     assert seen["captions"]["wrn-10-1"] == [f"class {target}" for target in losses[0].tolist()]
@@ -265,7 +266,7 @@ def test_a_torchvision_checkpoint_sets_the_number_of_classes(
     words = ("--model", "torchvision/resnet18", "--checkpoint", tmp_path / "c.pt", "--images", folder)
     seen = drawing(*words, "--taps", "layer4")
     with at_fused.FeatureTaps(model, ["layer4"]) as taps, torch.no_grad():
-        logits = model(normalised(seen["images"], *_networks.IMAGENET))
+        logits = model(normalised(seen["images"], *networks.IMAGENET))
         torch.testing.assert_close(seen["networks"]["resnet18"], taps.features)
     assert logits.shape == (3, 7)
     assert seen["images"].shape == (3, 3, 224, 224)
@@ -282,7 +283,7 @@ def test_a_torchvision_checkpoint_sets_the_number_of_classes(
 def test_another_file_for_a_torchvision_model(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "c.pt")
     with pytest.raises(ValueError, match=message):
-        _networks.load("torchvision/resnet18", str(tmp_path / "c.pt"))
+        networks.load("torchvision/resnet18", str(tmp_path / "c.pt"))
 
 
 def test_timm_models(drawing: Any, folder: Path) -> None:
@@ -311,8 +312,8 @@ def test_channels_are_found() -> None:
         x.flatten(2).mT,
         torch.cat([torch.rand(2, 3, 5), x.flatten(2).mT], 1),
     ):
-        assert _visualize_cli._is_spatial(layout)
-        assert torch.equal(_visualize_cli._channels_first(layout), x)
+        assert features._is_spatial(layout)
+        assert torch.equal(features._channels_first(layout), x)
     for other in (
         torch.rand(2, 5),
         torch.rand(2, 3, 4, 5),
@@ -320,7 +321,7 @@ def test_channels_are_found() -> None:
         torch.ones(2, 3, 4, 4).long(),
         (x,),
     ):
-        assert not _visualize_cli._is_spatial(other)
+        assert not features._is_spatial(other)
 
 
 def test_last_of_each_size_passes_over_normalisations() -> None:
@@ -332,9 +333,9 @@ def test_last_of_each_size_passes_over_normalisations() -> None:
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
-    assert _visualize_cli.last_of_each_size(model.eval(), torch.rand(1, 3, 8, 8)) == ["0", "2"]
+    assert features.last_of_each_size(model.eval(), torch.rand(1, 3, 8, 8)) == ["0", "2"]
     with pytest.raises(ValueError, match="no spatial features"):
-        _visualize_cli.last_of_each_size(
+        features.last_of_each_size(
             nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.rand(1, 3, 8, 8)
         )
 
@@ -370,7 +371,7 @@ def test_last_of_each_size_passes_over_what_blocks_work_on() -> None:
         nn.AdaptiveAvgPool2d(1), nn.Flatten(),
     )  # fmt: skip
     for images in (1, 2):
-        found = _visualize_cli.last_of_each_size(model.eval(), torch.rand(images, 3, 16, 16))
+        found = features.last_of_each_size(model.eval(), torch.rand(images, 3, 16, 16))
         assert found == ["1", "3", "5"]
 
 
@@ -386,13 +387,13 @@ def test_last_of_each_size_passes_over_what_blocks_work_on() -> None:
 def test_levels_of_known_networks(name: str, expected: list[str]) -> None:
     if name.startswith("timm"):
         pytest.importorskip("timm")
-    network = _networks.load(name, None)
+    network = networks.load(name, None)
     size = network.architecture.size
-    assert _visualize_cli.last_of_each_size(network.model, torch.rand(1, 3, size, size)) == expected
+    assert features.last_of_each_size(network.model, torch.rand(1, 3, size, size)) == expected
 
 
 def test_in_place_layers_leave_recorded_features_alone() -> None:
-    network = _networks.load("torchvision/vgg11", None)
+    network = networks.load("torchvision/vgg11", None)
     assert not any(getattr(module, "inplace", False) for module in network.model.modules())
 
 
@@ -447,7 +448,7 @@ def test_a_mistake_is_told_in_one_line(
     words = words.replace("WRN", "--model wrn-10-1 --images FOLDER")
     words = words.replace("FOLDER", str(folder)).replace("WEIGHTS", str(weights))
     out = [] if "--out" in words else ["--out", "x.png"]
-    assert _visualize_cli.main([*words.split(), *out]) == 2
+    assert cli.main([*words.split(), *out]) == 2
     *notes, error = capsys.readouterr().err.splitlines()
     assert error.startswith("visualize: error: ")
     assert message in error
@@ -457,11 +458,12 @@ def test_a_mistake_is_told_in_one_line(
 
 def test_without_the_repository_there_is_no_zoo(folder: Path, tmp_path: Path) -> None:
     """Installed alone; somebody's own package `models` is neither used nor imported."""
+    (tmp_path / "at_fused").symlink_to(ROOT / "at_fused")
     (tmp_path / "models").mkdir()
     (tmp_path / "models/__init__.py").write_text("raise SystemExit('imported')")
     code = f"import sys; sys.path[:] = [{str(tmp_path)!r}] + [p for p in sys.path if p != {str(ROOT)!r}]\n"
-    code += "from at_fused import _networks\nassert _networks.repository('models') is None\n"
-    code += "assert _networks._zoo('wrn-16-1') == (None, [])\nprint('fine')"
+    code += "from at_fused.visualize import networks\nassert networks.repository('models') is None\n"
+    code += "assert networks._zoo('wrn-16-1') == (None, [])\nprint('fine')"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout == "fine\n", result.stderr
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _networks, _pictures
-from ._networks import Network
-from .gradients import input_gradient
-from .taps import FeatureTaps, unknown_name
-from .visualize import SCALES, attention_grid
+from ..gradients import input_gradient
+from ..taps import unknown_name
+from . import networks, pictures
+from .features import feature_map, forward, last_of_each_size
+from .grid import SCALES, attention_grid
+from .networks import Network
 
 INPUT = "input"  # in place of a layer: the image itself
 
@@ -132,22 +133,22 @@ class _Parser(argparse.ArgumentParser):
 def _draw(args: argparse.Namespace) -> str:
     """Draw what the arguments ask for; returns a line that says what was drawn."""
     _check(args)
-    networks = _load_networks(args)
-    first = next(iter(networks.values()))
+    loaded = _load_networks(args)
+    first = next(iter(loaded.values()))
     if args.dataset:
-        images = _pictures.read_dataset(
+        images = pictures.read_dataset(
             args.dataset, args.data_dir, args.indices, first.architecture.size, args.size
         )
     else:
-        images = _pictures.read_files(args.images, args.count)
+        images = pictures.read_files(args.images, args.count)
     classes = Path(args.classes).read_text().splitlines() if args.classes else images.classes
 
     features, captions, names = {}, {}, {}
-    for number, (title, network) in enumerate(networks.items()):
+    for number, (title, network) in enumerate(loaded.items()):
         model, x = network.model, images.given(network.architecture)
         with torch.no_grad():
             taps = _tap_names(args, number, model, x)
-            logits, features[title] = _forward(title, model, x, taps)
+            logits, features[title] = forward(title, model, x, taps)
         seen = logits.argmax(1)
         answerable = not classes or len(classes) == logits.shape[1]
         targets = images.targets if answerable else None  # else the network knows other classes
@@ -155,14 +156,14 @@ def _draw(args: argparse.Namespace) -> str:
             j = input_gradient(
                 model, x, seen if targets is None else targets, layer=None if layer == INPUT else layer
             )
-            features[title].append(_feature_map(title, f"the gradient at {layer} is", j))
+            features[title].append(feature_map(title, f"the gradient at {layer} is", j))
         names[title] = [*taps, *(f"gradient at {layer}" for layer in args.gradient or ())]
         captions[title] = _captions(seen, logits.shape[1], classes, targets)
 
     count = min(len(taps) for taps in names.values())
     features = {title: found[-count:] for title, found in features.items()}  # aligned at the top
     figure = attention_grid(
-        images.shown(max(network.architecture.size for network in networks.values())),
+        images.shown(max(network.architecture.size for network in loaded.values())),
         features,
         groups=args.headings or _headings([found[-count:] for found in names.values()]),
         labels=images.labels,
@@ -218,7 +219,7 @@ def _load_networks(args: argparse.Namespace) -> dict[str, Network]:
     if random:
         print(f"visualize: random weights: {', '.join(random)}", file=sys.stderr)
     pairs = zip(models, weights, strict=True)
-    loaded = [_networks.load(name, None if file == "random" else file) for name, file in pairs]
+    loaded = [networks.load(name, None if file == "random" else file) for name, file in pairs]
     if args.size:
         loaded = [replace(n, architecture=replace(n.architecture, size=args.size)) for n in loaded]
     return dict(zip(titles, loaded, strict=True))
@@ -236,101 +237,9 @@ def _tap_names(args: argparse.Namespace, number: int, model: nn.Module, x: Tenso
     return taps[-args.levels :] if args.levels else taps
 
 
-def last_of_each_size(model: nn.Module, x: Tensor) -> list[str]:
-    """Names of the modules that are the last to put out each spatial size, from input to output.
-
-    These are the "last pre-downsampling" and the top activations of Figure 4. Passed over are
-    normalisations (after a LayerNorm every position has nearly the same squared sum), and what a block works
-    on in other sizes than those between its input and output, such as attention's matrices.
-    """
-    sizes: dict[str, int] = {}  # in the order of the modules' last calls
-
-    def recorder(name: str) -> Any:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            before, after = _positions(args[0], x) if args else 0, _positions(output, x)
-            if not after:
-                return
-            if 0 < before < x[0, 0].numel() and not isinstance(module, nn.Sequential):
-                kept = range(after, max(before, after + 1))
-                for inner in [n for n in sizes if n.startswith(f"{name}.") and sizes[n] not in kept]:
-                    del sizes[inner]
-            if "Norm" not in type(module).__name__:
-                sizes.pop(name, None)
-                sizes[name] = after
-
-        return record
-
-    handles = [m.register_forward_hook(recorder(name)) for name, m in model.named_modules() if name]
-    try:
-        _run(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    levels: list[str] = []
-    for name, size in reversed(sizes.items()):
-        if not levels or size > sizes[levels[-1]]:
-            levels.append(name)
-    if not levels:
-        raise ValueError("this model puts out no spatial features: name modules with --taps")
-    return levels[::-1]
-
-
-def _positions(output: Any, x: Tensor) -> int:
-    """Of a feature map of the images `x`, more than one; 0 for what is none."""
-    if not _is_spatial(output) or len(output) != len(x):
-        return 0
-    positions = _channels_first(output)[0, 0].numel()
-    return positions if positions > 1 else 0
-
-
-def _forward(title: str, model: nn.Module, x: Tensor, taps: list[str]) -> tuple[Tensor, list[Tensor]]:
-    """Logits (B, classes) and the features (B, C, h, w) of the tapped modules."""
-    with FeatureTaps(model, taps) as recorded:
-        logits = _run(model, x)
-        pairs = zip(taps, recorded.features, strict=True)
-        return logits, [_feature_map(title, f"{name} puts out", feature) for name, feature in pairs]
-
-
-def _feature_map(title: str, what: str, output: Tensor) -> Tensor:
-    """(B, C, h, w) of a module's output or of a gradient at it."""
-    if not _is_spatial(output):
-        raise ValueError(f"{title}: {what} {tuple(output.shape)}, which has no image's positions")
-    return _channels_first(output)
-
-
-def _run(model: nn.Module, x: Tensor) -> Tensor:
-    try:
-        logits = model(x)
-    except (RuntimeError, AssertionError, IndexError) as error:
-        size = "×".join(map(str, x.shape[-2:]))
-        raise ValueError(f"{type(model).__name__} cannot run on images of {size}: {error}") from None
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise ValueError(
-            f"{type(model).__name__} does not classify images: it puts out no logits (B, classes)"
-        )
-    return logits
-
-
-def _is_spatial(output: Any) -> bool:
-    """(B, C, h, w), (B, h, w, C) of a square grid, or tokens (B, N, C) that end with a square grid."""
-    if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim not in (3, 4):
-        return False
-    if output.ndim == 3:
-        return output.shape[1] >= 4
-    return output.shape[2] == output.shape[3] or output.shape[1] == output.shape[2]
-
-
-def _channels_first(output: Tensor) -> Tensor:
-    """(B, C, h, w) of the above; of tokens those before the grid (class and register tokens) are left out."""
-    if output.ndim == 3:
-        side = int(output.shape[1] ** 0.5)
-        return output[:, -side * side :].unflatten(1, (side, side)).movedim(-1, 1)
-    return output if output.shape[2] == output.shape[3] else output.movedim(-1, 1)
-
-
 def _captions(seen: Tensor, outputs: int, classes: list[str] | None, targets: Tensor | None) -> list[str]:
     """What a network sees in each image, and whether it is right, where that is known."""
-    known = classes if classes and len(classes) == outputs else _networks.categories(outputs)
+    known = classes if classes and len(classes) == outputs else networks.categories(outputs)
     texts = [known[i] if known else f"class {i}" for i in seen.tolist()]
     if targets is not None:
         marks = ["✓" if right else "✗" for right in (seen == targets).tolist()]
@@ -359,3 +268,7 @@ def _formats() -> list[str]:
     from matplotlib.backend_bases import FigureCanvasBase
 
     return list(FigureCanvasBase.get_supported_filetypes())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

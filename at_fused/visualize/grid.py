@@ -1,8 +1,4 @@
-"""Pictures of attention maps, as Figures 2, 4 and 6 of the paper show them. Needs matplotlib.
-
-`attention_grid` draws what your own code has recorded; `python -m at_fused.visualize --help` loads models,
-weights and images by name.
-"""
+"""The picture: images, and beside or under them the attention maps of several networks."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import attention_map
+from ..attention import attention_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -314,9 +310,3 @@ def _similarity(attention: Tensor, reference: Tensor) -> float:
 
 def _resized(attention: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(attention[None, None], tuple(size), mode="bilinear", align_corners=False)[0, 0]
-
-
-if __name__ == "__main__":
-    from ._visualize_cli import main
-
-    raise SystemExit(main())

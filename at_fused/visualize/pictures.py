@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._networks import Architecture, repository
+from .networks import Architecture, repository
 
 BORDER = 1 / 16  # cut from each side: what a crop of 224 out of 256 leaves
 
@@ -35,7 +35,7 @@ def read_files(paths: Sequence[str], count: int) -> Images:
     """Image files, and of each folder `count` images at even distances, subfolders included."""
     from PIL import Image, ImageOps  # matplotlib needs it, too
 
-    from ._images import to_rgb
+    from .images import to_rgb
 
     suffixes = set(Image.registered_extensions())
     files: list[tuple[Path, str]] = []  # with its label
