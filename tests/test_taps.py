@@ -162,7 +162,7 @@ def test_unknown_name_lists_close_ones(model: Net) -> None:
         at_fused.FeatureTaps(model, ["group1.0.cnov"])
     with pytest.raises(ValueError, match=r"'zzz'; its modules: stem, .*, …$"):
         at_fused.FeatureTaps(model, ["zzz"])
-    with pytest.raises(ValueError, match="'zzz'; its modules: none$"):
+    with pytest.raises(ValueError, match=r"'zzz'; its modules: none$"):
         at_fused.FeatureTaps(nn.Identity(), ["zzz"])
     assert hooks(model) == 0, "a refused tap leaves no hook"
 

@@ -56,18 +56,18 @@ def _positions(output: Any, x: Tensor) -> int:
     return positions if positions > 1 else 0
 
 
-def forward(title: str, model: nn.Module, x: Tensor, taps: list[str]) -> tuple[Tensor, list[Tensor]]:
+def forward(model: nn.Module, x: Tensor, taps: list[str]) -> tuple[Tensor, list[Tensor]]:
     """Logits (B, classes) and the features (B, C, h, w) of the tapped modules."""
     with FeatureTaps(model, taps) as recorded:
         logits = _run(model, x)
         pairs = zip(taps, recorded.features, strict=True)
-        return logits, [feature_map(title, f"{name} puts out", feature) for name, feature in pairs]
+        return logits, [feature_map(f"{name} puts out", feature) for name, feature in pairs]
 
 
-def feature_map(title: str, what: str, output: Tensor) -> Tensor:
+def feature_map(what: str, output: Tensor) -> Tensor:
     """(B, C, h, w) of a module's output or of a gradient at it."""
     if not _is_spatial(output):
-        raise ValueError(f"{title}: {what} {tuple(output.shape)}, which has no image's positions")
+        raise ValueError(f"{what} {tuple(output.shape)}, which has no image's positions")
     return _channels_first(output)
 
 
