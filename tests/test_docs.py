@@ -97,6 +97,14 @@ def test_make_targets_exist(path: Path) -> None:
     assert set(re.findall(r"(?:`|^)make ([a-z]+)", path.read_text(), re.MULTILINE)) <= set(targets)
 
 
+def test_the_examples_of_the_command_line_are_those_of_its_help() -> None:
+    from at_fused.visualize.arguments import EXAMPLES
+
+    codes = [code for _, code in FENCE.findall((ROOT / "docs/maps.md").read_text())]
+    shown = "".join(code for code in codes if code.startswith("python -m at_fused.visualize"))
+    assert shown.splitlines() == [line[4:] for line in EXAMPLES.splitlines() if line.startswith("    ")]
+
+
 # --- the code runs --------------------------------------------------------------------------------
 
 
