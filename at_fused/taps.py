@@ -132,7 +132,12 @@ def _version(output: Tensor) -> int | None:
 def unknown_name(name: str, known: list[str]) -> str:
     """What to say of a `name` that is not among the `known` modules."""
     known = [candidate for candidate in known if candidate]
-    close = difflib.get_close_matches(name, known, n=3) or known[:10]
-    return (
-        f"no submodule named {name!r}; close names: {', '.join(close) or 'none, the model has no submodules'}"
-    )
+    if close := close_names(name, known):
+        return f"no submodule named {name!r}; close names: {', '.join(close)}"
+    few = [*known[:10], "…"] if len(known) > 10 else known
+    return f"no submodule named {name!r}; its modules: {', '.join(few) or 'none'}"
+
+
+def close_names(name: str, known: Iterable[str]) -> list[str]:
+    """Those of the `known` names that may be meant by `name`, the closest first."""
+    return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=4)

@@ -13,7 +13,11 @@ from typing import Any
 from models.importers import load_pretrained
 from models.tapped import TappedModel
 
-__all__ = ["TappedModel", "available", "create", "load_pretrained"]
+__all__ = ["TappedModel", "UnknownModel", "available", "create", "load_pretrained"]
+
+
+class UnknownModel(ValueError):
+    """No model answers to this name."""
 
 
 def _wide_resnet(match: re.Match[str], num_classes: int, **options: Any) -> TappedModel:
@@ -67,11 +71,12 @@ def create(name: str, num_classes: int = 10, **options: Any) -> TappedModel:
         options: passed to the model, e.g. ``in_channels=1`` for grey images.
 
     Raises:
-        ValueError: unknown name, or a depth, width or number of classes that cannot be built.
+        UnknownModel: a name that is none of them.
+        ValueError: a depth, width or number of classes that cannot be built.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     for _, pattern, build in _FAMILIES:
         if match := re.fullmatch(pattern, name):
             return build(match, num_classes, **options)
-    raise ValueError(f"unknown model {name!r}; there are: {', '.join(available())}")
+    raise UnknownModel(f"unknown model {name!r}; there are: {', '.join(available())}")

@@ -87,7 +87,7 @@ def test_files_exist(path: Path) -> None:
 @each_text
 def test_names_exist(path: Path) -> None:
     names = set(re.findall(r"\bat_fused\.([A-Za-z]\w*)", path.read_text()))
-    modules = {file.stem for file in (ROOT / "at_fused").glob("*.py")}
+    modules = {file.stem for file in (ROOT / "at_fused").iterdir()}
     assert [name for name in names - modules if not hasattr(at_fused, name)] == []
 
 
@@ -95,6 +95,14 @@ def test_names_exist(path: Path) -> None:
 def test_make_targets_exist(path: Path) -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"(?:`|^)make ([a-z]+)", path.read_text(), re.MULTILINE)) <= set(targets)
+
+
+def test_the_examples_of_the_command_line_are_those_of_its_help() -> None:
+    from at_fused.visualize.arguments import EXAMPLES
+
+    codes = [code for _, code in FENCE.findall((ROOT / "docs/maps.md").read_text())]
+    shown = "".join(code for code in codes if code.startswith("python -m at_fused.visualize"))
+    assert shown.splitlines() == [line[4:] for line in EXAMPLES.splitlines() if line.startswith("    ")]
 
 
 # --- the code runs --------------------------------------------------------------------------------

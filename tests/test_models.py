@@ -214,7 +214,7 @@ def test_student_and_teacher_features_can_be_compared() -> None:
 
 
 def test_unknown_name_lists_what_exists() -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(models.UnknownModel) as error:
         models.create("vgg-16")
     assert "vgg-16" in str(error.value)
     for name in models.available():
@@ -247,8 +247,9 @@ def test_unknown_name_lists_what_exists() -> None:
     ],
 )
 def test_impossible_names_are_refused(name: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(ValueError, match=reason) as error:
         models.create(name)
+    assert isinstance(error.value, models.UnknownModel) == (reason == "unknown model")
 
 
 @pytest.mark.parametrize("name", ["wrn-16-1", "nin-thin", "resnet-18"])

@@ -160,8 +160,10 @@ def test_unknown_name_lists_close_ones(model: Net) -> None:
         at_fused.FeatureTaps(model, ["stem", "group3"])
     with pytest.raises(ValueError, match=r"group1\.0\.cnov.*group1\.0\.conv"):
         at_fused.FeatureTaps(model, ["group1.0.cnov"])
-    with pytest.raises(ValueError, match=r"zzz.*stem"):
+    with pytest.raises(ValueError, match=r"'zzz'; its modules: stem, .*, …$"):
         at_fused.FeatureTaps(model, ["zzz"])
+    with pytest.raises(ValueError, match=r"'zzz'; its modules: none$"):
+        at_fused.FeatureTaps(nn.Identity(), ["zzz"])
     assert hooks(model) == 0, "a refused tap leaves no hook"
 
 

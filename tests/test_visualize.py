@@ -32,6 +32,21 @@ def networks() -> Networks:
     }
 
 
+def assert_apart(figure) -> None:  # type: ignore[no-untyped-def]
+    """Texts and pictures lie on the page, and not on each other."""
+    figure.savefig(io.BytesIO(), format="png")
+    artists = [*figure.texts, *(t for a in figure.axes for t in (a.title, a.xaxis.label, a.yaxis.label))]
+    artists += figure.axes[-1].get_yticklabels()  # of the colour bar
+    artists = [text for text in artists if text.get_text()] + drawn(figure)
+    boxes = [artist.get_window_extent().padded(-1.5) for artist in artists]  # pixels: they may touch
+    page = figure.bbox
+    for artist, box in zip(artists, boxes, strict=True):
+        assert page.x0 <= box.x0 < box.x1 <= page.x1, artist
+        assert page.y0 <= box.y0 < box.y1 <= page.y1, artist
+    for (one, box), (other, other_box) in itertools.combinations(zip(artists, boxes, strict=True), 2):
+        assert not box.overlaps(other_box), (one, other)
+
+
 def drawn(figure) -> list:  # type: ignore[no-untyped-def, type-arg]
     """The axes that hold a picture, row by row (the colour scale holds none)."""
     return [axes for axes in figure.axes if axes.images]
@@ -149,17 +164,48 @@ def test_long_texts_stay_inside_and_apart(images: Tensor, networks: Networks, p:
     figure = attention_grid(
         images, long, p=p, labels=labels, captions=captions, groups=groups, compare_to=first, scale="group"
     )
-    figure.savefig(io.BytesIO(), format="png")
-    artists = [*figure.texts, *(t for a in figure.axes for t in (a.title, a.xaxis.label, a.yaxis.label))]
-    artists += figure.axes[-1].get_yticklabels()  # of the colour bar
-    artists = [text for text in artists if text.get_text()] + drawn(figure)
-    boxes = [artist.get_window_extent().padded(-1.5) for artist in artists]  # pixels: they may touch
-    page = figure.bbox
-    for artist, box in zip(artists, boxes, strict=True):
-        assert page.x0 <= box.x0 < box.x1 <= page.x1, artist
-        assert page.y0 <= box.y0 < box.y1 <= page.y1, artist
-    for (one, box), (other, other_box) in itertools.combinations(zip(artists, boxes, strict=True), 2):
-        assert not box.overlaps(other_box), (one, other)
+    assert_apart(figure)
+
+
+@pytest.mark.parametrize("p", [2, [1, 2]])
+def test_texts_beside_flat_pictures_are_apart_and_not_cut_to_letters(p: float | list[float]) -> None:
+    features = [torch.rand(2, 4, 2, 20)]
+    networks = {"student alone": features, "student with attention transfer": features}
+    captions = {name: ["a dog", "a cat"] for name in networks}
+    flat, labels = torch.rand(2, 3, 20, 200), ["a label in several words, not short", "b"]
+    figure = attention_grid(flat, networks, p=p, labels=labels, captions=captions, compare_to="student alone")
+    assert_apart(figure)
+    if isinstance(p, list):
+        assert "student\nalone" in [axes.get_ylabel() for axes in figure.axes]
+    assert_apart(attention_grid(flat[:1], {"a": [features[0][:1]]}, scale="group"))
+
+
+def test_headings_break_within_names_where_words_end(images: Tensor, networks: Networks) -> None:
+    groups = ["features.denseblock1.denselayer1.conv2", "blocks/an_unbroken_name/of_a_module"]
+    one = {"student": networks["student"]}
+    texts = [text.get_text() for text in attention_grid(images, one, groups=groups).texts]
+    for text, group in zip((texts[1], texts[3]), groups, strict=True):
+        assert text.replace("\n", "").startswith(group)
+        first, *others = text.split("\n")
+        assert others
+        assert first.endswith((".", "_", "/"))
+
+
+@pytest.mark.parametrize(
+    "options, heading",
+    [
+        ({"p": 2}, "late (6×8)"),
+        ({"p": [3.5]}, "late (6×8, p = 3.5)"),
+        ({"p": 1, "mapping": "max"}, "late (6×8, p = 1, max)"),
+        ({"p": [1, 2], "mapping": "max"}, "late (6×8, max)"),
+    ],
+)
+def test_headings_say_how_maps_were_made(images: Tensor, options: dict[str, object], heading: str) -> None:
+    features = torch.rand(2, 4, 6, 8)
+    figure = attention_grid(images, {"a": [features], "b": [features]}, groups=["late"], **options)  # type: ignore[arg-type]
+    assert heading in [text.get_text().replace("\n", " ") for text in figure.texts]
+    ready = attention_grid(images, {"a": [features[:, 0]]}, groups=["late"], p=1)
+    assert "late (6×8)" in [text.get_text().replace("\n", " ") for text in ready.texts]
 
 
 def test_writes_the_similarity_below_each_map(images: Tensor, networks: Networks) -> None:
@@ -238,10 +284,10 @@ def test_saves_a_png(images: Tensor, networks: Networks) -> None:
         ({"images": torch.rand(2, 2, 8, 8)}, r"\(2, 2, 8, 8\)"),
         ({"images": torch.rand(3, 8, 8)}, r"\(3, 8, 8\)"),
         ({"images": torch.rand(0, 3, 8, 8)}, r"\(0, 3, 8, 8\)"),
-        ({"images": torch.rand(5, 3, 8, 8)}, r"student, group 0: .* of 5 images, got \(2, 4, 6, 8\)"),
+        ({"images": torch.rand(5, 3, 8, 8)}, r"student, group 1: .* of 5 images, got \(2, 4, 6, 8\)"),
         ({"networks": {}}, "number of groups"),
         ({"networks": {"a": []}}, "number of groups"),
-        ({"networks": {"a": [torch.rand(2, 4)]}}, r"a, group 0: .*got \(2, 4\)"),
+        ({"networks": {"a": [torch.rand(2, 4)]}}, r"a, group 1: .*got \(2, 4\)"),
         ({"networks": {"a": [torch.rand(2, 4, 4)], "b": [torch.rand(2, 4, 4)] * 2}}, "'a': 1, 'b': 2"),
         ({"groups": ["one"]}, "1 group headings for 2 groups"),
         ({"labels": ["one"]}, "1 labels for 2 images"),
@@ -250,7 +296,7 @@ def test_saves_a_png(images: Tensor, networks: Networks) -> None:
         ({"captions": {"teacher": ["a"]}}, "1 captions of teacher for 2 images"),
         ({"p": []}, "p must be .*, got none"),
         ({"scale": "all"}, "own.*group.*'all'"),
-        ({"networks": {"a": [torch.rand(2, 4, 4)]}, "p": [1, 2]}, r"a, group 0: several p .*\(2, 4, 4\)"),
+        ({"networks": {"a": [torch.rand(2, 4, 4)]}, "p": [1, 2]}, r"a, group 1: several p .*\(2, 4, 4\)"),
     ],
 )
 def test_refuses_what_does_not_fit(
@@ -259,6 +305,52 @@ def test_refuses_what_does_not_fit(
     arguments: dict[str, object] = {"images": images, "networks": networks} | change
     with pytest.raises(ValueError, match=message):
         attention_grid(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_refuses_maps_that_are_not_finite(images: Tensor, networks: Networks, value: float) -> None:
+    networks["teacher"][1][1, 2, 0, 0] = value
+    with pytest.raises(ValueError, match=r"^teacher, late: the map holds NaN or infinity \(weights that div"):
+        attention_grid(images, networks, groups=["early", "late"])
+    large = {"student": [10 * torch.ones(2, 4, 3, 4)]}
+    with pytest.raises(ValueError, match=r"student, group 1: .* or p = 60 overflows"):
+        attention_grid(images, large, p=[2, 60])
+
+
+def test_tokens_are_no_maps(images: Tensor) -> None:
+    tokens = torch.randn(2, 5, 8)
+    with pytest.raises(ValueError, match="vit, group 1: ready maps are non-negative") as error:
+        attention_grid(images, {"vit": [tokens]})
+    advice = "feat[:, 1:].unflatten(1, (14, 14)).movedim(-1, 1)"
+    assert str(error.value).endswith(f"tokens (B, N, C) get their grid by {advice}")
+    assert advice in (attention_grid.__doc__ or "")
+    attention_grid(images, {"vit": [tokens[:, 1:].unflatten(1, (2, 2)).movedim(-1, 1)]})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"labels": [3, 5]}, "labels must be strings, got int"),
+        ({"labels": torch.tensor([3, 5])}, "labels must be strings, got Tensor"),
+        ({"labels": "ab"}, "labels must be several strings, got the single string 'ab'"),
+        ({"groups": [1, 2]}, "groups must be strings, got int"),
+        ({"captions": {"teacher": torch.tensor([1, 2])}}, "captions of teacher must be strings, got Tensor"),
+        ({"networks": {1: [torch.rand(2, 4, 3, 3)]}}, "names of networks must be strings, got int"),
+    ],
+)
+def test_refuses_texts_that_are_none(
+    images: Tensor, networks: Networks, change: dict[str, object], message: str
+) -> None:
+    arguments: dict[str, object] = {"images": images, "networks": networks} | change
+    with pytest.raises(TypeError, match=message):
+        attention_grid(**arguments)  # type: ignore[arg-type]
+
+
+def test_refuses_images_of_another_range(images: Tensor, networks: Networks) -> None:
+    for other in (255 * images, 2 * images - 1, images / 0):
+        with pytest.raises(ValueError, match=r"0\.\.1, got .*divide .* by 255, or undo the normalisation"):
+            attention_grid(other, networks)
+    attention_grid(1.2 * images - 0.1, networks)  # what resizing may leave
 
 
 def test_refuses_wide_integers(images: Tensor, networks: Networks) -> None:

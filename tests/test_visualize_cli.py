@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import at_fused
+import at_fused.visualize.__main__ as cli
 import models
-from at_fused import _networks, _pictures, _visualize_cli
+from at_fused.visualize import features, networks, pictures
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,16 +57,16 @@ def drawing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             seen.update(options, images=images, networks=networks)
             return at_fused.visualize.attention_grid(images, networks, **options)
 
-        monkeypatch.setattr(_visualize_cli, "attention_grid", grid)
+        monkeypatch.setattr(cli, "attention_grid", grid)
         out = tmp_path / "x.png"
-        assert _visualize_cli.main([str(word) for word in (*words, "--out", out)]) == 0
+        assert cli.main([str(word) for word in (*words, "--out", out)]) == 0
         assert out.read_bytes().startswith(b"\x89PNG")
         return seen
 
     return run
 
 
-def normalised(images: Tensor, mean: Any = _networks.CIFAR10[0], std: Any = _networks.CIFAR10[1]) -> Tensor:
+def normalised(images: Tensor, mean: Any = networks.CIFAR10[0], std: Any = networks.CIFAR10[1]) -> Tensor:
     return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
@@ -92,7 +93,7 @@ def test_picks_images_of_folders_evenly(drawing: Any, folder: Path) -> None:
 
 
 def test_big_images_lose_the_border_that_evaluation_crops() -> None:
-    assert 1 - 2 * _pictures.BORDER == 224 / 256
+    assert 1 - 2 * pictures.BORDER == 224 / 256
 
 
 GROUPS, LAYERS = ["group1", "group2", "group3"], ["layer1", "layer2", "layer3", "layer4"]
@@ -193,8 +194,8 @@ def test_the_statistics_are_the_trainers(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Empty)
     cifar = data.load(make_config({"student": "-", "data-dir": tmp_path}), torch.device("cpu"))
     for (mean, std), theirs in (
-        (_networks.CIFAR10, (cifar.mean, cifar.std)),
-        (_networks.IMAGENET, (folders.MEAN, folders.STD)),
+        (networks.CIFAR10, (cifar.mean, cifar.std)),
+        (networks.IMAGENET, (folders.MEAN, folders.STD)),
     ):
         assert [255 * value for value in mean] == pytest.approx([float(m) for m in theirs[0]])
         assert [255 * value for value in std] == pytest.approx([float(s) for s in theirs[1]])
@@ -209,7 +210,7 @@ def test_predictions_are_named(drawing: Any, folder: Path, weights: Path, tmp_pa
         ["zero", "one", "two", "three", "four"][guess] for guess in guesses
     ]
     assert drawing(*words)["captions"]["wrn-10-1"] == [f"class {guess}" for guess in guesses]
-    assert _networks.categories(1000)[283] == "Persian cat"  # type: ignore[index]
+    assert networks.categories(1000)[283] == "Persian cat"  # type: ignore[index]
 
 
 def test_size_is_what_networks_get(drawing: Any, folder: Path, weights: Path) -> None:
@@ -244,7 +245,7 @@ def test_a_network_of_other_classes_is_neither_right_nor_wrong(
         losses.append(targets)
         return at_fused.input_gradient(model, x, targets, **options)
 
-    monkeypatch.setattr(_visualize_cli, "input_gradient", input_gradient)
+    monkeypatch.setattr(cli, "input_gradient", input_gradient)
     words = ("--dataset", "digits", "--indices", 0, 1, 2, "--predictions", "--gradient")
     seen = drawing("--model", "wrn-10-1", "--checkpoint", weights, *words)
     assert seen["captions"]["wrn-10-1"] == [f"class {target}" for target in losses[0].tolist()]
@@ -265,7 +266,7 @@ def test_a_torchvision_checkpoint_sets_the_number_of_classes(
     words = ("--model", "torchvision/resnet18", "--checkpoint", tmp_path / "c.pt", "--images", folder)
     seen = drawing(*words, "--taps", "layer4")
     with at_fused.FeatureTaps(model, ["layer4"]) as taps, torch.no_grad():
-        logits = model(normalised(seen["images"], *_networks.IMAGENET))
+        logits = model(normalised(seen["images"], *networks.IMAGENET))
         torch.testing.assert_close(seen["networks"]["resnet18"], taps.features)
     assert logits.shape == (3, 7)
     assert seen["images"].shape == (3, 3, 224, 224)
@@ -282,7 +283,7 @@ def test_a_torchvision_checkpoint_sets_the_number_of_classes(
 def test_another_file_for_a_torchvision_model(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "c.pt")
     with pytest.raises(ValueError, match=message):
-        _networks.load("torchvision/resnet18", str(tmp_path / "c.pt"))
+        networks.load("torchvision/resnet18", str(tmp_path / "c.pt"))
 
 
 def test_timm_models(drawing: Any, folder: Path) -> None:
@@ -311,8 +312,8 @@ def test_channels_are_found() -> None:
         x.flatten(2).mT,
         torch.cat([torch.rand(2, 3, 5), x.flatten(2).mT], 1),
     ):
-        assert _visualize_cli._is_spatial(layout)
-        assert torch.equal(_visualize_cli._channels_first(layout), x)
+        assert features._is_spatial(layout)
+        assert torch.equal(features._channels_first(layout), x)
     for other in (
         torch.rand(2, 5),
         torch.rand(2, 3, 4, 5),
@@ -320,7 +321,7 @@ def test_channels_are_found() -> None:
         torch.ones(2, 3, 4, 4).long(),
         (x,),
     ):
-        assert not _visualize_cli._is_spatial(other)
+        assert not features._is_spatial(other)
 
 
 def test_last_of_each_size_passes_over_normalisations() -> None:
@@ -332,9 +333,9 @@ def test_last_of_each_size_passes_over_normalisations() -> None:
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
-    assert _visualize_cli.last_of_each_size(model.eval(), torch.rand(1, 3, 8, 8)) == ["0", "2"]
+    assert features.last_of_each_size(model.eval(), torch.rand(1, 3, 8, 8)) == ["0", "2"]
     with pytest.raises(ValueError, match="no spatial features"):
-        _visualize_cli.last_of_each_size(
+        features.last_of_each_size(
             nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.rand(1, 3, 8, 8)
         )
 
@@ -370,7 +371,7 @@ def test_last_of_each_size_passes_over_what_blocks_work_on() -> None:
         nn.AdaptiveAvgPool2d(1), nn.Flatten(),
     )  # fmt: skip
     for images in (1, 2):
-        found = _visualize_cli.last_of_each_size(model.eval(), torch.rand(images, 3, 16, 16))
+        found = features.last_of_each_size(model.eval(), torch.rand(images, 3, 16, 16))
         assert found == ["1", "3", "5"]
 
 
@@ -386,13 +387,13 @@ def test_last_of_each_size_passes_over_what_blocks_work_on() -> None:
 def test_levels_of_known_networks(name: str, expected: list[str]) -> None:
     if name.startswith("timm"):
         pytest.importorskip("timm")
-    network = _networks.load(name, None)
+    network = networks.load(name, None)
     size = network.architecture.size
-    assert _visualize_cli.last_of_each_size(network.model, torch.rand(1, 3, size, size)) == expected
+    assert features.last_of_each_size(network.model, torch.rand(1, 3, size, size)) == expected
 
 
 def test_in_place_layers_leave_recorded_features_alone() -> None:
-    network = _networks.load("torchvision/vgg11", None)
+    network = networks.load("torchvision/vgg11", None)
     assert not any(getattr(module, "inplace", False) for module in network.model.modules())
 
 
@@ -403,8 +404,10 @@ def test_in_place_layers_leave_recorded_features_alone() -> None:
         ("WRN --dataset digits", "either --images or --dataset"),
         ("--model resnet-19 --images FOLDER", "unknown model 'resnet-19'; close names: resnet-18"),
         ("--model wrn-11-1 --images FOLDER", "depth 6n + 4"),
-        ("WRN --taps grop3", "no submodule named 'grop3'; close names: group3"),
-        ("WRN --gradient grop3", "no submodule named 'grop3'; close names: group3"),
+        ("--model hf/resnet18 --images FOLDER", "unknown library 'hf': zoo, torchvision or timm"),
+        ("WRN --taps grop3", "error: wrn-10-1: no submodule named 'grop3'; close names: group3"),
+        ("WRN --taps zzzz", "wrn-10-1: no submodule named 'zzzz'; its modules: conv, "),
+        ("WRN --gradient grop3", "error: wrn-10-1: no submodule named 'grop3'; close names: group3"),
         ("WRN --taps fc", "fc puts out (3, 10), which has no image's positions"),
         ("WRN --gradient fc", "the gradient at fc is (3, 10), which has no image's positions"),
         ("--model wrn-10-1 --images nowhere.png", "nowhere.png: no such file"),
@@ -420,15 +423,26 @@ def test_in_place_layers_leave_recorded_features_alone() -> None:
         ("WRN --titles a b", "--titles: 1 different ones are needed"),
         ("WRN --compare-to teacher", "'teacher' is not one of the networks: wrn-10-1"),
         ("WRN --taps group1 --taps group2", "--taps given 2 times for 1 networks"),
+        (
+            "WRN --model wrn-10-1 nin-thin --taps group2 group3 --taps block3",
+            "--taps: 2 for wrn-10-1, 1 for nin-thin: give as many for each",
+        ),
+        ("WRN --colours zzzz", "unknown colour map 'zzzz'; there are: "),
         ("WRN --colours virids", "unknown colour map 'virids'; close names: viridis"),
-        ("WRN --out x.pgn", "unknown --out ending 'pgn'; close names: png"),
+        ("WRN --out x.pgn", "--out x.pgn: the name must end with one of ."),
+        ("WRN --out x", ".png, .ps, .raw, .rgba, .svg, "),
+        ("WRN --out FOLDER", "images0: is a folder"),
         ("WRN --out nowhere/x.png", "there is no folder nowhere"),
         ("WRN --p 0.5", "p must be"),
         ("WRN --mapping mean", "invalid choice: 'mean'"),
         ("WRN --count 0", "at least 1"),
         ("WRN --size 0", "at least 1"),
         ("WRN --headings a", "1 group headings for 3 groups"),
-        ("WRN --classes nowhere.txt", "nowhere.txt"),
+        ("WRN --classes nowhere.txt", "--classes nowhere.txt: No such file or directory"),
+        ("WRN --classes FOLDER/cat/b.jpg", "cat/b.jpg: not a text in UTF-8"),
+        ("WRN --classes FOLDER/notes.txt", "notes.txt: 1 names for the 10 classes of wrn-10-1"),
+        ("WRN --checkpoint FOLDER", "images0 is a folder: name its model.pt"),
+        ("--model wrn-10-1 --images=", "--images: one of the paths is empty"),
         ("--model wrn-10-1 --dataset digits --indices 797", "index 797: digits has the test images 0 to 796"),
         ("--model wrn-10-1 --dataset cifar10", "needs data-dir"),
         ("--model wrn-10-1 --dataset cifar11", "cifar11"),
@@ -447,7 +461,7 @@ def test_a_mistake_is_told_in_one_line(
     words = words.replace("WRN", "--model wrn-10-1 --images FOLDER")
     words = words.replace("FOLDER", str(folder)).replace("WEIGHTS", str(weights))
     out = [] if "--out" in words else ["--out", "x.png"]
-    assert _visualize_cli.main([*words.split(), *out]) == 2
+    assert cli.main([*words.split(), *out]) == 2
     *notes, error = capsys.readouterr().err.splitlines()
     assert error.startswith("visualize: error: ")
     assert message in error
@@ -457,13 +471,141 @@ def test_a_mistake_is_told_in_one_line(
 
 def test_without_the_repository_there_is_no_zoo(folder: Path, tmp_path: Path) -> None:
     """Installed alone; somebody's own package `models` is neither used nor imported."""
+    (tmp_path / "at_fused").symlink_to(ROOT / "at_fused")
     (tmp_path / "models").mkdir()
     (tmp_path / "models/__init__.py").write_text("raise SystemExit('imported')")
     code = f"import sys; sys.path[:] = [{str(tmp_path)!r}] + [p for p in sys.path if p != {str(ROOT)!r}]\n"
-    code += "from at_fused import _networks\nassert _networks.repository('models') is None\n"
-    code += "assert _networks._zoo('wrn-16-1') == (None, [])\nprint('fine')"
+    code += "from at_fused.visualize import networks\nassert networks.repository('models') is None\n"
+    code += "try: networks.find('zoo/wrn-16-1')\nexcept ValueError as error: print(error)"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert result.stdout == "fine\n", result.stderr
+    assert result.stdout == "unknown model 'zoo/wrn-16-1'; zoo: only in a checkout\n", result.stderr
+
+
+def test_libraries_that_cannot_be_imported_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        if name == "timm":
+            raise ModuleNotFoundError("No module named 'timm'", name="timm")
+        raise RuntimeError("operator torchvision::nms does not exist\nand more")
+
+    monkeypatch.setattr(networks.importlib, "import_module", broken)
+    monkeypatch.setattr(networks, "repository", lambda module: None)
+    with pytest.raises(ValueError) as error:
+        networks.find("resnet18")
+    missing = (
+        "zoo: only in a checkout; torchvision: operator torchvision::nms does not exist; timm: not installed"
+    )
+    assert str(error.value) == f"unknown model 'resnet18'; {missing}"
+    assert networks.categories(1000) is None
+
+
+def test_close_names_of_several_libraries_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("_torchvision", "_timm"):
+        monkeypatch.setattr(networks, library, lambda name: (None, ["resnet18", "resnet34"]))
+    with pytest.raises(ValueError, match=r"; close names: resnet18, ") as error:
+        networks.find("resnet18x")
+    assert str(error.value).count("resnet34") == 1
+
+
+@pytest.mark.parametrize("what", ["image", "link to an image", "checkpoint", "classes"])
+def test_inputs_are_not_overwritten(
+    what: str, folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {"image": tmp_path / "a.png", "checkpoint": tmp_path / "c.png", "classes": tmp_path / "n.png"}
+    paths["image"].write_bytes((folder / "cat/a.png").read_bytes())
+    paths["checkpoint"].write_bytes(weights.read_bytes())
+    paths["classes"].write_text("0\n1\n2\n3\n4\n")
+    paths["link to an image"] = tmp_path / "link.png"
+    paths["link to an image"].symlink_to("a.png")
+    before = {path: path.read_bytes() for path in paths.values()}
+    words = ["--model", "wrn-10-1", "--images", paths["image"], "--checkpoint", paths["checkpoint"]]
+    words += ["--classes", paths["classes"], "--out", paths[what]]
+    assert cli.main([str(word) for word in words]) == 2
+    assert f"{paths[what]} is " in (error := capsys.readouterr().err)
+    assert error.endswith(": choose another name\n")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_picture_among_the_images_is_none_of_them(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.jpg").write_bytes((folder / "cat/b.jpg").read_bytes())
+    words = ["--model", "wrn-10-1", "--images", str(tmp_path), "--out", str(tmp_path / "a.png")]
+    torch.manual_seed(0)
+    assert cli.main(words) == 0
+    first = (tmp_path / "a.png").read_bytes()
+    torch.manual_seed(0)
+    assert cli.main(words) == 0
+    assert (tmp_path / "a.png").read_bytes() == first
+
+
+def test_a_write_that_fails_leaves_the_old_picture(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    out.write_bytes(b"old")
+    command = f"ulimit -f 8; exec {sys.executable} -m at_fused.visualize --model wrn-10-1 "
+    command += f"--images {folder} --out {out}"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.endswith(f"visualize: error: --out {out}: File too large\n")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {out: b"old"}
+
+
+def test_no_prediction_and_no_map_of_numbers_that_are_none(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = models.create("wrn-10-1").state_dict()
+    words = ["--model", "wrn-10-1", "--checkpoint", str(tmp_path / "c.pt"), "--images", str(folder)]
+    words += ["--out", str(tmp_path / "x.png")]
+    torch.save(state | {"fc.bias": torch.full((10,), torch.nan)}, tmp_path / "c.pt")
+    for flag in ("--predictions", "--gradient"):
+        assert cli.main([*words, flag]) == 2
+        assert "wrn-10-1: the logits hold NaN or infinity" in capsys.readouterr().err
+    assert cli.main(words) == 0
+    key = next(key for key in state if key.startswith("group2") and key.endswith("weight"))
+    torch.save(state | {key: torch.full_like(state[key], torch.nan)}, tmp_path / "c.pt")
+    assert cli.main(words) == 2
+    assert "wrn-10-1, group2: the map holds NaN or infinity" in capsys.readouterr().err
+
+
+def test_levels_left_out_are_told(drawing: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawing("--model", "wrn-10-1", "resnet-18", "--images", folder / "cat/b.jpg")
+    told = capsys.readouterr()
+    assert "visualize: left out, to have as many maps of each network: resnet-18: layer1\n" in told.err
+    assert ": 1 image; " in told.out
+
+
+@pytest.mark.parametrize(
+    "names, titles",
+    [
+        ("wrn-10-1 torchvision/resnet18", "wrn-10-1 resnet18"),
+        ("torchvision/resnet18 timm/resnet18", "torchvision/resnet18 timm/resnet18"),
+        ("torchvision/vgg11 torchvision/vgg11", "vgg11_(1) vgg11_(2)"),
+        ("a/r b/r a/r c", "a/r_(1) b/r a/r_(3) c"),
+    ],
+)
+def test_titles(names: str, titles: str) -> None:
+    assert cli._titles(names.split()) == [title.replace("_", " ") for title in titles.split()]
+
+
+def test_warnings_take_a_line_each(drawing: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        "--model",
+        "wrn-10-1",
+        "--images",
+        folder / "cat/b.jpg",
+        "--titles",
+        "\N{CJK UNIFIED IDEOGRAPH-65E5}",
+    )
+    drawing(*words)
+    *_, warning = capsys.readouterr().err.splitlines()
+    assert warning.startswith("visualize: warning: Glyph 26085 ")
+    assert ".py" not in warning
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(args: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_draw", interrupted)
+    assert cli.main(["--model", "wrn-10-1", "--dataset", "digits", "--out", "x.png"]) == 130
+    assert capsys.readouterr().err == "visualize: error: interrupted\n"
 
 
 def test_runs_as_a_module(folder: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from at_fused._images import to_rgb
+from at_fused.visualize.images import to_rgb
 from models import torchvision_compat  # noqa: F401  (before torchvision)
 from trainer import data
 from trainer.config import Config, ConfigError, RankError

@@ -1,32 +1,29 @@
-"""Pictures of attention maps, as Figures 2, 4 and 6 of the paper show them. Needs matplotlib.
-
-`attention_grid` draws what your own code has recorded; `python -m at_fused.visualize --help` loads models,
-weights and images by name.
-"""
+"""The picture: images, and beside or under them the attention maps of several networks."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import attention_map
+from ..attention import attention_map
+from .page import LINE, Page, figure_class, lines, wrapped
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SCALES = ("own", "group")
 
-# Inches: the width of a picture, the gaps within and between groups, a line of text, the margins.
-_CELL, _GAP, _GROUP_GAP, _LINE = 1.2, 0.07, 0.2, 0.14
+# Inches: the width of a picture, the gaps within and between groups, the margins.
+_CELL, _GAP, _GROUP_GAP = 1.2, 0.07, 0.2
 _LEFT, _RIGHT, _EDGE = 1.0, 0.85, 0.1
+_FLAT, _BAR = 0.6, 0.5  # beside lower pictures names are written across; the least height of the colour bar
 _SMALL, _NORMAL = 7, 8.5  # points
-_CHARACTER = 0.08  # inches, the average of _NORMAL
+_ACROSS: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center"}  # a text left of a picture
+_BEYOND = 0.2  # outside 0..1, where a resized image may well go
 _OPACITY = 0.6  # of a map over its image
 
 
@@ -59,7 +56,9 @@ def attention_grid(
     Args:
         images: (B, 3, H, W) or (B, 1, H, W), uint8 or floating point in 0..1, to look at (not normalised).
         networks: name of each network -> its features (B, C, h, w), or ready maps (B, h, w), one per group.
-            Gradients at the input or at a layer (`input_gradient`) may stand in for features.
+            Ready maps are non-negative; tokens (B, N, C) get their grid by
+            `feat[:, 1:].unflatten(1, (14, 14)).movedim(-1, 1)` (one class token, 14 × 14 patches). Gradients
+            at the input or at a layer (`input_gradient`) may stand in for features.
         groups: a heading per group; by default "group 1", "group 2", ...
         labels: a text per image, shown left of it.
         captions: name of a network -> a text per image, such as its prediction, shown above its first map.
@@ -79,51 +78,62 @@ def attention_grid(
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: images of another dtype.
-        ValueError: shapes or numbers of images, groups, labels or captions that do not fit together, no
-            exponent, several exponents of ready maps, or an unknown option.
+        TypeError: images of another dtype, or a text that is not a string.
+        ValueError: shapes or numbers of images, groups, labels or captions that do not fit together, images
+            outside 0..1, ready maps with negative values, maps with NaN or infinity, no exponent, several
+            exponents of ready maps, or an unknown option.
     """
-    figure_class = _figure_class()
+    figure_class()  # fails before the work where there is no matplotlib
     pictures = _pictures(images)
     size = pictures.shape[1:3]
     exponents = tuple(p) if isinstance(p, Sequence) else (p,)
     if not exponents:
         raise ValueError("p must be an exponent or several, got none")
-    maps = {
-        (name, exponent): _maps(name, features, len(images), exponent, mapping, len(exponents) > 1)
-        for name, features in networks.items()
-        for exponent in exponents
-    }
+    several = len(exponents) > 1
     count = _group_count(networks)
-    groups = [f"group {i + 1}" for i in range(count)] if groups is None else list(groups)
+    groups = [f"group {i + 1}" for i in range(count)] if groups is None else groups
     captions = captions or {}
     _check_texts(len(images), list(networks), count, groups, labels, captions, compare_to)
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {SCALES}, got {scale!r}")
+    maps = {
+        (name, exponent): [
+            _map(f"{name}, {group}", feature, len(images), exponent, mapping, several)
+            for group, feature in zip(groups, features, strict=True)
+        ]
+        for name, features in networks.items()
+        for exponent in exponents
+    }
 
     columns: list[Any]
-    if len(exponents) > 1:  # a row per image and network
+    if several:  # a row per image and network
         rows: list[tuple[int, str | None]] = [(i, name) for i in range(len(images)) for name in networks]
         columns, titles = list(exponents), [f"p = {exponent:g}" for exponent in exponents]
     else:
         rows = [(i, None) for i in range(len(images))]
         columns, titles = list(networks), list(networks)
 
-    captions = {name: [_wrapped(text, _CELL) for text in texts] for name, texts in captions.items()}
-    above = _lines(text for texts in captions.values() for text in texts)
+    captions = {name: [wrapped(text, _CELL) for text in texts] for name, texts in captions.items()}
+    labels = [wrapped(label, _LEFT) for label in labels or ()]
     height = _CELL * size[0] / size[1]
-    pitch = above + height + (_LINE if compare_to else 0) + _GAP
+    flat = height < _FLAT
+    names = {name: wrapped(name, _LEFT if flat else height) for name in networks} if several else {}
+    names_width = _LEFT if flat and several else lines(names.values())
+    above = lines(text for texts in captions.values() for text in texts)
+    room = max(height, lines(labels), lines(names.values()) if flat else 0)  # for a row's pictures
+    pitch = above + room + (LINE if compare_to else 0) + _GAP
     group_width = len(columns) * (_CELL + _GAP) - _GAP + _GROUP_GAP
-    names = {name: _wrapped(name, height) for name in networks} if len(exponents) > 1 else {}
-    lefts = [_LEFT + _CELL + _GROUP_GAP + _lines(names.values()) + i * group_width for i in range(count)]
+    lefts = [_LEFT + _CELL + _GROUP_GAP + names_width + i * group_width for i in range(count)]
     headings = [
-        _wrapped(f"{heading} ({', '.join(_sizes(maps, index))})", group_width)
+        wrapped(f"{heading} ({', '.join(_details(networks, index, exponents, mapping))})", group_width)
         for index, heading in enumerate(groups)
     ]
-    titles = [_wrapped(title, _CELL) for title in titles]
-    base = _EDGE + _lines(headings) * 1.1
-    top = base + _lines(titles) + 0.2 * _LINE
-    page = _Page(figure_class, lefts[-1] + group_width - _GROUP_GAP + _RIGHT, top + len(rows) * pitch + _EDGE)
+    titles = [wrapped(title, _CELL) for title in titles]
+    base = _EDGE + lines(headings) * 1.1
+    top = base + lines(titles) + 0.2 * LINE
+    bar_top, bar_height = top + above, min(max((len(rows) - 1) * pitch + room, _BAR), 3.0)
+    bottom = max(top + len(rows) * pitch, bar_top + bar_height) + _EDGE
+    page = Page(lefts[-1] + group_width - _GROUP_GAP + _RIGHT, bottom)
 
     page.text(_LEFT + _CELL / 2, top, "image", _NORMAL)
     for left, heading in zip(lefts, headings, strict=True):
@@ -133,15 +143,12 @@ def attention_grid(
 
     drawn: Any = None
     for number, (image, only) in enumerate(rows):
-        y = top + number * pitch + above
+        y = top + number * pitch + above + (room - height) / 2
         if only is None or only == next(iter(networks)):
             axes = page.axes(_LEFT, y, _CELL, height)
             axes.imshow(pictures[image], cmap="gray", vmin=0, vmax=1)
-            if labels is not None:
-                label = _wrapped(labels[image], _LEFT)
-                axes.set_ylabel(
-                    label, rotation=0, ha="right", va="center", fontsize=_NORMAL, parse_math=False
-                )
+            if labels:
+                axes.set_ylabel(labels[image], **_ACROSS, fontsize=_NORMAL, parse_math=False)
         for index, left in enumerate(lefts):
             cells = {key: _enlarged(levels[index][image], size) for key, levels in maps.items()}
             largest = max(cell.max() for cell in cells.values())
@@ -159,7 +166,8 @@ def attention_grid(
                     alpha=_OPACITY if overlay else None,
                 )
                 if place == 0 and index == 0 and only is not None:
-                    axes.set_ylabel(names[only], fontsize=_NORMAL, labelpad=2, parse_math=False)
+                    across = _ACROSS if flat else {"labelpad": 2}
+                    axes.set_ylabel(names[only], **across, fontsize=_NORMAL, parse_math=False)
                 if name in captions and index == 0 and (place == 0 or only is None):
                     axes.set_title(captions[name][image], fontsize=_SMALL, pad=2, parse_math=False)
                 if compare_to not in (None, name):
@@ -168,8 +176,7 @@ def attention_grid(
                     )
                     axes.set_xlabel(f"{similarity:.2f}", fontsize=_SMALL, labelpad=1)
 
-    bar_height = min((len(rows) - 1) * pitch + height, 3.0)
-    bar_axes = page.axes(page.width - _RIGHT + 0.15, top + above, 0.1, bar_height)
+    bar_axes = page.axes(page.width - _RIGHT + 0.15, bar_top, 0.1, bar_height)
     bar = page.figure.colorbar(drawn, cax=bar_axes, ticks=[0, 1])
     bar.ax.set_yticklabels(["0", "max" if scale == "own" else "max of\ngroup"], fontsize=_NORMAL)
     if bar.solids is not None:
@@ -177,53 +184,18 @@ def attention_grid(
     return page.figure
 
 
-class _Page:
-    """A figure on which things are placed in inches from the top left corner."""
-
-    def __init__(self, figure_class: type[Figure], width: float, height: float) -> None:
-        self.width, self.height = width, height
-        self.figure = figure_class(figsize=(width, height), dpi=150)
-
-    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Axes without ticks and frame that (unlike after `axis("off")`) still have labels."""
-        place = (
-            left / self.width,
-            1 - (top + height) / self.height,
-            width / self.width,
-            height / self.height,
-        )
-        axes = self.figure.add_axes(place)
-        axes.set(xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        return axes
-
-    def text(self, middle: float, bottom: float, text: str, points: float) -> None:
-        x, y = middle / self.width, 1 - (bottom - 0.2 * _LINE) / self.height
-        self.figure.text(x, y, text, ha="center", va="bottom", fontsize=points, parse_math=False)
-
-
-def _wrapped(text: str, inches: float) -> str:
-    """`text` in lines of at most so many inches."""
-    return "\n".join(textwrap.fill(line, max(int(inches / _CHARACTER), 1)) for line in text.split("\n"))
-
-
-def _lines(texts: Iterable[str]) -> float:
-    """Inches that the longest of `texts` needs."""
-    return _LINE * max((text.count("\n") + 1 for text in texts), default=0)
-
-
-def _sizes(maps: Mapping[Any, Sequence[Tensor]], index: int) -> list[str]:
-    """Different sizes of the maps of a group, such as 8×8."""
-    return list(dict.fromkeys("×".join(map(str, levels[index].shape[1:])) for levels in maps.values()))
-
-
-def _figure_class() -> type[Figure]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("at_fused.visualize draws with matplotlib: pip install matplotlib") from error
-    return Figure
+def _details(
+    networks: Mapping[str, Sequence[Tensor]], index: int, exponents: Sequence[float], mapping: str
+) -> list[str]:
+    """Sizes of the maps of a group, such as 8×8, and how they were made, where that is unusual."""
+    features = [groups[index] for groups in networks.values()]
+    details = list(dict.fromkeys("×".join(map(str, feature.shape[-2:])) for feature in features))
+    if any(feature.ndim == 4 for feature in features):
+        if len(exponents) == 1 and exponents[0] != 2:  # several stand above their maps
+            details.append(f"p = {exponents[0]:g}")
+        if mapping != "sum":
+            details.append(mapping)
+    return details
 
 
 def _pictures(images: Tensor) -> Any:
@@ -233,7 +205,16 @@ def _pictures(images: Tensor) -> Any:
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
     images = images.detach().cpu()
-    images = images / 255 if images.dtype == torch.uint8 else images.float().clamp(0, 1)
+    if images.dtype == torch.uint8:
+        images = images / 255
+    else:
+        low, high = images.min().item(), images.max().item()
+        if not -_BEYOND <= low <= high <= 1 + _BEYOND:
+            raise ValueError(
+                f"images must lie in 0..1, got {low:.3g} to {high:.3g}: divide levels up to 255 by 255, or "
+                "undo the normalisation (images * std + mean)"
+            )
+        images = images.float().clamp(0, 1)
     return images.permute(0, 2, 3, 1).squeeze(-1).numpy()
 
 
@@ -241,25 +222,28 @@ def _grey(picture: Any) -> Any:
     return picture if picture.ndim == 2 else picture.mean(-1)
 
 
-def _maps(
-    name: str, features: Sequence[Tensor], batch: int, p: float, mapping: str, several: bool
-) -> list[Tensor]:
-    """Per group the maps (B, h, w) in fp32 on the CPU."""
-    maps = []
-    for index, feature in enumerate(features):
-        if feature.ndim not in (3, 4) or len(feature) != batch or 0 in feature.shape:
-            raise ValueError(
-                f"{name}, group {index}: expected features (B, C, h, w) or maps (B, h, w) of {batch} images, "
-                f"got {tuple(feature.shape)}"
-            )
-        if feature.ndim == 3 and several:
-            raise ValueError(
-                f"{name}, group {index}: several p need features, got maps {tuple(feature.shape)}"
-            )
-        feature = feature.detach()
-        attention = attention_map(feature, p, mapping=mapping) if feature.ndim == 4 else feature
-        maps.append(attention.float().cpu())
-    return maps
+def _map(what: str, feature: Tensor, batch: int, p: float, mapping: str, several: bool) -> Tensor:
+    """The maps (B, h, w) in fp32 on the CPU."""
+    if feature.ndim not in (3, 4) or len(feature) != batch or 0 in feature.shape:
+        raise ValueError(
+            f"{what}: expected features (B, C, h, w) or maps (B, h, w) of {batch} images, "
+            f"got {tuple(feature.shape)}"
+        )
+    feature = feature.detach()
+    ready = feature.ndim == 3
+    if ready and (feature < 0).any():
+        raise ValueError(
+            f"{what}: ready maps are non-negative, got {tuple(feature.shape)} with a minimum of "
+            f"{feature.min().item():.3g}; tokens (B, N, C) get their grid by "
+            "feat[:, 1:].unflatten(1, (14, 14)).movedim(-1, 1)"
+        )
+    if ready and several:
+        raise ValueError(f"{what}: several p need features, got maps {tuple(feature.shape)}")
+    attention = (feature if ready else attention_map(feature, p, mapping=mapping)).float().cpu()
+    if not attention.isfinite().all():
+        why = "weights that diverged" + ("" if ready else f", or p = {p:g} overflows")
+        raise ValueError(f"{what}: the map holds NaN or infinity ({why})")
+    return attention
 
 
 def _group_count(networks: Mapping[str, Sequence[Tensor]]) -> int:
@@ -278,6 +262,10 @@ def _check_texts(
     captions: Mapping[str, Sequence[str]],
     compare_to: str | None,
 ) -> None:
+    _check_strings("groups", groups)
+    _check_strings("the names of networks", names)
+    if labels is not None:
+        _check_strings("labels", labels)
     if len(groups) != count:
         raise ValueError(f"{len(groups)} group headings for {count} groups")
     if labels is not None and len(labels) != batch:
@@ -287,8 +275,17 @@ def _check_texts(
     for name, texts in captions.items():
         if name not in names:
             raise ValueError(f"captions of {name!r}, which is not one of the networks {names}")
+        _check_strings(f"captions of {name}", texts)
         if len(texts) != batch:
             raise ValueError(f"{len(texts)} captions of {name} for {batch} images")
+
+
+def _check_strings(what: str, texts: Sequence[str]) -> None:
+    if isinstance(texts, str):
+        raise TypeError(f"{what} must be several strings, got the single string {texts!r}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{what} must be strings, got {type(text).__name__}")
 
 
 def _enlarged(attention: Tensor, size: Sequence[int]) -> Any:
@@ -314,9 +311,3 @@ def _similarity(attention: Tensor, reference: Tensor) -> float:
 
 def _resized(attention: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(attention[None, None], tuple(size), mode="bilinear", align_corners=False)[0, 0]
-
-
-if __name__ == "__main__":
-    from ._visualize_cli import main
-
-    raise SystemExit(main())

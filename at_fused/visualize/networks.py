@@ -7,7 +7,6 @@ a ValueError of one line.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import importlib.util
 import re
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..taps import close_names
 
 Triple = tuple[float, float, float]
 IMAGENET: tuple[Triple, Triple] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -36,6 +37,10 @@ class Architecture:
     read: Callable[[Path], nn.Module] | None = None  # a file of weights, where the library has its own reader
     size: int = 224
     statistics: tuple[Triple, Triple] = IMAGENET
+
+
+class LibraryMissing(Exception):
+    """A library of models cannot be imported; says why."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ def load(name: str, weights: str | None) -> Network:
             model = architecture.pretrained()
         except Exception as error:  # whatever a download can raise
             raise ValueError(f"no pretrained weights of {name}: {_line(error)}") from None
+    elif Path(weights).is_dir():
+        raise ValueError(f"checkpoint {weights} is a folder: name its model.pt")
     elif not Path(weights).is_file():
         raise ValueError(f"checkpoint {weights}: no such file")
     else:
@@ -70,31 +77,37 @@ def find(name: str) -> Architecture:
     """The zoo's model of that name, else torchvision's, else timm's; `timm/NAME` insists on one of them.
 
     Raises:
-        ValueError: no library has it; lists close names.
+        ValueError: no library has it; lists close names, and the libraries that cannot be imported.
     """
     library, _, own_name = name.rpartition("/")
+    libraries = {"zoo": _zoo, "torchvision": _torchvision, "timm": _timm}
+    if library not in ("", *libraries):
+        raise ValueError(f"unknown library {library!r}: zoo, torchvision or timm")
     known: list[str] = []
-    for prefix, look_up in (("zoo", _zoo), ("torchvision", _torchvision), ("timm", _timm)):
-        if library in ("", prefix):
-            found, names = look_up(own_name)
-            if found is not None:
-                return found
-            known += names
-    close = difflib.get_close_matches(own_name, known, n=4)
-    hint = (
-        f"close names: {', '.join(close)}"
-        if close
-        else f"none of the {len(known)} known models has a close name"
-    )
-    raise ValueError(f"unknown model {name!r}; {hint}")
+    missing: list[str] = []
+    for prefix in [library] if library else libraries:
+        try:
+            found, names = libraries[prefix](own_name)
+        except LibraryMissing as error:
+            missing.append(f"{prefix}: {error}")
+            continue
+        if found is not None:
+            return found
+        known += names
+    if close := close_names(own_name, known):
+        hints = [f"close names: {', '.join(close)}"]
+    else:
+        hints = [f"{len(known)} models are known, none of a close name"] if known else []
+    raise ValueError("; ".join([f"unknown model {name!r}", *hints, *missing]))
 
 
 def categories(classes: int) -> list[str] | None:
     """ImageNet's names for 1,000 classes."""
-    torchvision_models = _import("torchvision.models")
-    if classes != 1000 or torchvision_models is None:
+    try:
+        library = _import("torchvision.models")
+    except LibraryMissing:
         return None
-    return list(torchvision_models.ResNet18_Weights.DEFAULT.meta["categories"])
+    return list(library.ResNet18_Weights.DEFAULT.meta["categories"]) if classes == 1000 else None
 
 
 def repository(module: str) -> ModuleType | None:
@@ -110,14 +123,12 @@ def repository(module: str) -> ModuleType | None:
 def _zoo(name: str) -> tuple[Architecture | None, list[str]]:
     zoo = repository("models")
     if zoo is None:
-        return None, []
+        raise LibraryMissing("only in a checkout")
     try:
         with torch.device("meta"):
             zoo.create(name)
-    except ValueError as error:
-        if str(error).startswith("unknown model"):
-            return None, list(zoo.available())
-        raise
+    except zoo.UnknownModel:
+        return None, zoo.available()
 
     def pretrained() -> nn.Module:
         raise ValueError("the zoo publishes none; try torchvision/resnet18, timm/resnet18, ...")
@@ -136,8 +147,6 @@ def _zoo(name: str) -> tuple[Architecture | None, list[str]]:
 
 def _torchvision(name: str) -> tuple[Architecture | None, list[str]]:
     library = _import("torchvision.models")
-    if library is None:
-        return None, []
     names = library.list_models(module=library)
     if name not in names:
         return None, names
@@ -158,8 +167,6 @@ def _torchvision(name: str) -> tuple[Architecture | None, list[str]]:
 
 def _timm(name: str) -> tuple[Architecture | None, list[str]]:
     library = _import("timm")
-    if library is None:
-        return None, []
     if not library.is_model(name.partition(".")[0]):
         return None, library.list_models()
     config = library.get_pretrained_cfg(name, allow_unregistered=True)
@@ -178,8 +185,12 @@ def _import(name: str) -> Any:
     try:
         repository("models")
         return importlib.import_module(name)
-    except (ImportError, RuntimeError):  # RuntimeError: torchvision next to another torch than its own
-        return None
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # RuntimeError: torchvision next to another torch than its own
+        absent = isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]
+        raise LibraryMissing("not installed" if absent else _line(error)) from None
 
 
 def _read(architecture: Architecture, path: Path) -> nn.Module:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._networks import Architecture, repository
+from .networks import Architecture, repository
+from .output import is_same
 
 BORDER = 1 / 16  # cut from each side: what a crop of 224 out of 256 leaves
 
@@ -21,28 +22,34 @@ class Images:
     """Images to look at, and how a network gets them.
 
     `shown` takes a side in pixels and returns (B, 3, H, W) in 0..1; `given` returns a network's input
-    (B, 3, H, W), normalised; `targets` (B,) int64 are their classes, where they are known.
+    (B, 3, H, W), normalised; `files` are where they come from, and in a data set all test images' files;
+    `targets` (B,) int64 are their classes, where they are known.
     """
 
     shown: Callable[[int], Tensor]
     given: Callable[[Architecture], Tensor]
     labels: list[str]
+    files: Sequence[str | Path] = ()
     targets: Tensor | None = None
     classes: list[str] | None = None
 
 
-def read_files(paths: Sequence[str], count: int) -> Images:
-    """Image files, and of each folder `count` images at even distances, subfolders included."""
+def read_files(paths: Sequence[str], count: int, leave_out: Path) -> Images:
+    """Image files, and of each folder `count` images at even distances, subfolders included.
+
+    In folders, the file to `leave_out` is none: a picture that is to be drawn anew shows itself else.
+    """
     from PIL import Image, ImageOps  # matplotlib needs it, too
 
-    from ._images import to_rgb
+    from .images import to_rgb
 
-    suffixes = set(Image.registered_extensions())
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files: list[tuple[Path, str]] = []  # with its label
     for name in paths:
         path = Path(name)
         if path.is_dir():
             found = sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes)
+            found = [file for file in found if not is_same(leave_out, file)]
             if not found:
                 raise ValueError(f"images {path}: no image files in this folder")
             few = min(count, len(found))
@@ -71,7 +78,7 @@ def read_files(paths: Sequence[str], count: int) -> Images:
         mean, std = (torch.tensor(values)[:, None, None] for values in architecture.statistics)
         return (shown(architecture.size) - mean) / std
 
-    return Images(shown, given, [label for _, label in files])
+    return Images(shown, given, [label for _, label in files], [file for file, _ in files])
 
 
 def read_dataset(
@@ -96,7 +103,8 @@ def read_dataset(
     pictures = (x * dataset.std[:, None, None] + dataset.mean[:, None, None]) / 255
     classes = _class_names(name, data_dir, dataset)
     labels = [classes[target] if classes else f"class {target}" for target in targets.tolist()]
-    return Images(lambda side: pictures, lambda architecture: x, labels, targets, classes)
+    files = getattr(dataset.test, "paths", ())
+    return Images(lambda side: pictures, lambda architecture: x, labels, files, targets, classes)
 
 
 def _class_names(name: str, data_dir: str | None, dataset: Any) -> list[str] | None:
