@@ -525,15 +525,17 @@ def test_inputs_are_not_overwritten(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_picture_among_the_images_is_none_of_them(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "b.jpg").write_bytes((folder / "cat/b.jpg").read_bytes())
-    words = ["--model", "wrn-10-1", "--images", str(tmp_path), "--out", str(tmp_path / "a.png")]
-    torch.manual_seed(0)
-    assert cli.main(words) == 0
-    first = (tmp_path / "a.png").read_bytes()
-    torch.manual_seed(0)
-    assert cli.main(words) == 0
-    assert (tmp_path / "a.png").read_bytes() == first
+def test_an_image_that_was_not_chosen_is_not_overwritten_either(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = (folder / "cat/b.jpg").read_bytes()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(image)
+    words = ["--model", "wrn-10-1", "--images", str(tmp_path), "--count", "1", "--out"]
+    assert cli.main([*words, str(tmp_path / "b.jpg")]) == 2
+    assert capsys.readouterr().err.endswith("b.jpg is one of the images: choose another name\n")
+    assert (tmp_path / "b.jpg").read_bytes() == image
+    assert cli.main([*words, str(tmp_path / "c.png")]) == 0
 
 
 def test_a_write_that_fails_leaves_the_old_picture(folder: Path, tmp_path: Path) -> None:

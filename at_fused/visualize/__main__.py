@@ -121,7 +121,7 @@ def _read_images(args: argparse.Namespace, first: Network) -> Images:
         return pictures.read_dataset(
             args.dataset, args.data_dir, args.indices, first.architecture.size, args.size
         )
-    return pictures.read_files(args.images, args.count, leave_out=args.out)
+    return pictures.read_files(args.images, args.count)
 
 
 def _read_classes(file: str) -> list[str]:

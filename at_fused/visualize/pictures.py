@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .networks import Architecture, repository
-from .output import is_same
 
 BORDER = 1 / 16  # cut from each side: what a crop of 224 out of 256 leaves
 
@@ -22,7 +21,7 @@ class Images:
     """Images to look at, and how a network gets them.
 
     `shown` takes a side in pixels and returns (B, 3, H, W) in 0..1; `given` returns a network's input
-    (B, 3, H, W), normalised; `files` are where they come from, and in a data set all test images' files;
+    (B, 3, H, W), normalised; `files` are all that these were chosen from;
     `targets` (B,) int64 are their classes, where they are known.
     """
 
@@ -34,28 +33,27 @@ class Images:
     classes: list[str] | None = None
 
 
-def read_files(paths: Sequence[str], count: int, leave_out: Path) -> Images:
-    """Image files, and of each folder `count` images at even distances, subfolders included.
-
-    In folders, the file to `leave_out` is none: a picture that is to be drawn anew shows itself else.
-    """
+def read_files(paths: Sequence[str], count: int) -> Images:
+    """Image files, and of each folder `count` images at even distances, subfolders included."""
     from PIL import Image, ImageOps  # matplotlib needs it, too
 
     from .images import to_rgb
 
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files: list[tuple[Path, str]] = []  # with its label
+    all_files: list[Path] = []
+    files: list[tuple[Path, str]] = []  # those chosen, with their labels
     for name in paths:
         path = Path(name)
         if path.is_dir():
             found = sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes)
-            found = [file for file in found if not is_same(leave_out, file)]
             if not found:
                 raise ValueError(f"images {path}: no image files in this folder")
+            all_files += found
             few = min(count, len(found))
             chosen = [found[i * len(found) // few] for i in range(few)]
             files += [(f, f.parent.name if f.parent != path else f.stem) for f in chosen]
         else:
+            all_files.append(path)
             files.append((path, path.stem))
     images = []
     for path, _ in files:
@@ -78,7 +76,7 @@ def read_files(paths: Sequence[str], count: int, leave_out: Path) -> Images:
         mean, std = (torch.tensor(values)[:, None, None] for values in architecture.statistics)
         return (shown(architecture.size) - mean) / std
 
-    return Images(shown, given, [label for _, label in files], [file for file, _ in files])
+    return Images(shown, given, [label for _, label in files], all_files)
 
 
 def read_dataset(
