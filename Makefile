@@ -18,7 +18,7 @@ INPUTS := pyproject.toml setup.py at_fused/__init__.py $(shell find csrc -type f
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
-	@echo "choose another torch: make setup TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'"
+	@echo "choose another torch: make setup TORCH='torch==2.13.0 torchvision==0.28.0 --index-url https://download.pytorch.org/whl/cpu'"
 
 setup: $(READY) ## make .venv, install what is needed, build the kernel
 

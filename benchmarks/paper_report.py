@@ -22,6 +22,7 @@ HEADINGS = [
     "its change",
 ]
 TOP5_HEADINGS = ["top 5", "its top 5"]  # where the paper has it
+TERMS = ("ce_loss", "at_loss", "kd_loss")  # of the training loss, epoch by epoch
 Entry = dict[str, Any]
 
 
@@ -78,8 +79,13 @@ def _finished(job: Job, plan: Plan) -> Entry | None:
         "seconds": sum(epoch["seconds"] for epoch in history),
         "test_error": [epoch["test_error"] for epoch in history],
         "train_error": [epoch["train_error"] for epoch in history],
+        **{term: values for term in TERMS if any(values := [_rounded(epoch[term]) for epoch in history])},
         "config": told(job.stored_config(), plan.folder),
     }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 # --- the table ------------------------------------------------------------------------------------------

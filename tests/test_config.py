@@ -256,8 +256,8 @@ RECIPES = sorted({*(ROOT / "recipes").rglob("*.yaml")} - {ROOT / "recipes" / "ta
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.relative_to(ROOT / "recipes").as_posix())
 def test_recipes_are_valid(path: Path) -> None:
-    keys = {"student": "wrn-16-1", "data-dir": "d", "teacher-checkpoint": "t.pt"} | load_recipe(path)
-    assert make_config(keys)
+    some = {"student": "wrn-16-1", "teacher": "wrn-16-2", "data-dir": "d", "teacher-checkpoint": "t.pt"}
+    assert make_config(some | load_recipe(path))
 
 
 # --- schedules --------------------------------------------------------------------------------------

@@ -35,10 +35,9 @@ def finish(job: Job, error: float, **summary: float) -> None:
     epochs = job.config.epochs
     job.folder.mkdir(parents=True)
     (job.folder / "config.yaml").write_text(job.config.to_yaml())
-    history = [
-        {"seconds": 3.0, "test_error": error + epochs - e - 2, "train_error": 5.0} for e in range(epochs - 1)
-    ]
-    history.append({"seconds": 3.0, "test_error": error, "train_error": 4.0})
+    each = {"seconds": 3.0, "train_error": 5.0, "ce_loss": 1.23456789, "at_loss": 0.0, "kd_loss": 0.0}
+    history = [each | {"test_error": error + epochs - e - 2} for e in range(epochs - 1)]
+    history.append(each | {"test_error": error, "train_error": 4.0, "at_loss": 0.5})
     (job.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
     (job.folder / "summary.json").write_text(
         json.dumps({"last_test_error": error, "best_test_error": error - 1, "epochs": epochs} | summary)
@@ -207,6 +206,9 @@ def test_finished_runs_are_kept_and_tabled(tmp_path: Path, capsys: pytest.Captur
     assert [run["seed"] for run in at["runs"]] == [0, 1]
     assert at["runs"][0]["seconds"] == 12 * 3.0
     assert at["runs"][0]["train_error"] == [5.0] * 11 + [4.0]
+    assert at["runs"][0]["ce_loss"] == [1.2346] * 12
+    assert at["runs"][0]["at_loss"] == [0.0] * 11 + [0.5]
+    assert "kd_loss" not in at["runs"][0]
     config = at["runs"][1]["config"]
     assert (config["method"], config["beta"], config["seed"], config["lr"]) == ("at", 1000.0, 1, 0.2)
     assert config["teacher-checkpoint"] == f"{TEACHER}/model.pt"

@@ -226,7 +226,7 @@ def test_the_mini_recipes_differ_only_in_what_is_shrunk(mini: str, whole: str) -
 
 def test_train_prints_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = RECIPES / "table2/f-max.yaml"
-    words = ["--recipe", str(recipe), "--data-dir", "d", "--teacher-checkpoint", "t", "--print-config"]
+    words = ["--recipe", str(recipe), "--print-config"]  # without the paths that a training needs
     assert train.main(words) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert (printed["mapping"], printed["p"], printed["epochs"], printed["teacher"]) == (

@@ -325,13 +325,16 @@ def test_pretrained_from_a_file(teacher: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "x").exists()
 
 
-def test_frozen_parts_do_not_move(tmp_path: Path) -> None:
-    keys = {"freeze": "conv,group1", "freeze_bn": "true", "epochs": 1, "lr": 0.1}
+@pytest.mark.parametrize("freeze, modules", [("conv,group1", "conv. group1."), ("groups", "group")])
+def test_frozen_parts_do_not_move(freeze: str, modules: str, tmp_path: Path) -> None:
+    """Names of modules, or of taps."""
+    keys = {"freeze": freeze, "freeze_bn": "true", "epochs": 1, "lr": 0.1}
     assert run(tmp_path / "run", **keys) == 0
     torch.manual_seed(0)
     start = models.create("wrn-10-1").state_dict()
     end = torch.load(tmp_path / "run/model.pt", weights_only=True)
-    frozen = [n for n in start if n.startswith(("conv.", "group1.")) or "running" in n or "tracked" in n]
+    parts = tuple(modules.split())
+    frozen = [n for n in start if n.startswith(parts) or "running" in n or "tracked" in n]
     assert len(frozen) > 10
     for name in start:
         assert torch.equal(start[name], end[name]) is (name in frozen), name

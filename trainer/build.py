@@ -72,11 +72,12 @@ def _student(config: Config, classes: int, device: torch.device) -> models.Tappe
         if device.type != "cuda":
             raise ConfigError("sync-bn needs CUDA devices")
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-    for name in config.freeze:
-        try:
-            student.get_submodule(name).requires_grad_(False)
-        except AttributeError:
-            raise ConfigError(f"freeze: {config.student} has no module {name}") from None
+    for word in config.freeze:
+        for name in student.taps.get(word, [word]):
+            try:
+                student.get_submodule(name).requires_grad_(False)
+            except AttributeError:
+                raise ConfigError(f"freeze: {config.student} has no module {name}") from None
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ConfigError(f"freeze leaves no parameter of {config.student} to train")
     return student

@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     NonNegativeInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -211,13 +212,14 @@ class Config(BaseModel):
         return words.get(str(value).lower(), Path(str(value)))
 
     @model_validator(mode="after")
-    def _check(self) -> Config:
-        if self.needs_teacher:
-            for key in ("teacher", "teacher_checkpoint"):
-                if getattr(self, key) is None:
-                    raise ValueError(f"method {self.method} needs {key.replace('_', '-')}")
-        if self.dataset != "digits" and self.data_dir is None:
-            raise ValueError(f"dataset {self.dataset} needs data-dir")
+    def _check(self, info: ValidationInfo) -> Config:
+        if self.needs_teacher and self.teacher is None:
+            raise ValueError(f"method {self.method} needs teacher")
+        if not (info.context and info.context["to_print"]):
+            if self.needs_teacher and self.teacher_checkpoint is None:
+                raise ValueError(f"method {self.method} needs teacher-checkpoint")
+            if self.dataset != "digits" and self.data_dir is None:
+                raise ValueError(f"dataset {self.dataset} needs data-dir")
         if self.skip_nonfinite and self.amp == "fp16":
             raise ValueError("skip-nonfinite is not for amp fp16, whose loss scaling skips such steps itself")
         if self.precision == "fp64" and self.amp != "none":
@@ -309,10 +311,13 @@ def differing_keys(old: dict[str, Any], new: Config) -> list[str]:
     return sorted(str(k) for k in differing if k not in FREE_KEYS)
 
 
-def make_config(values: dict[str, Any]) -> Config:
-    """Validate `values`; a mistake raises ConfigError with one line for all of them."""
+def make_config(values: dict[str, Any], *, to_print: bool = False) -> Config:
+    """Validate `values`; a mistake raises ConfigError with one line for all of them.
+
+    One that is only to be printed may lack the paths of data and teacher, as recipes do.
+    """
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(values, context={"to_print": to_print})
     except ValidationError as error:
         raise ConfigError("; ".join(_line(e, values) for e in error.errors())) from None
 
@@ -367,7 +372,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
     recipe, print_config = arguments.pop("recipe"), arguments.pop("print_config")
     flags = {key.replace("_", "-"): _unlist(key, value) for key, value in arguments.items()}
     values = load_recipe(recipe) if recipe else {}
-    return make_config(values | flags), print_config
+    return make_config(values | flags, to_print=print_config), print_config
 
 
 def _is_unicode(word: str) -> bool:
