@@ -134,6 +134,7 @@ WORKLOADS: dict[str, Workload] = {
     "imagenet50-last2": Workload(
         "ResNet-18 ← ResNet-50, last two groups", _resnet()[2:], _resnet(4)[2:], _IMAGENET
     ),
+    "resnet50": Workload("ResNet-50 ← ResNet-101, four groups", _resnet(4), _resnet(4), _IMAGENET),
     # Tokens (B, N, C) seen as (B, C, N): channels innermost. 14 * 14 patches and the class token.
     "vit": Workload(
         "DeiT-Ti ← DeiT-S, tokens after blocks 3, 6, 9, 12",
