@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import geometric_mean
 
-from benchmarks.report import Row, Table, geometric_mean
+from benchmarks.report import Row, Table
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, dict[str, float]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import platform
 import subprocess
@@ -25,10 +24,6 @@ class Table(NamedTuple):
     heading: str
     headers: Sequence[str]
     lines: Sequence[Sequence[str]]
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(math.log(value) for value in values) / len(values))
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 L2_BYTES = 256 * 2**20  # more than any GPU's L2 cache
@@ -43,11 +44,7 @@ class Times:
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """Linear interpolation between the two nearest of `values`."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+    return float(np.percentile(values, percent))
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:

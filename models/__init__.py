@@ -1,7 +1,7 @@
-"""Models by name, ``models.create("wrn-16-1", num_classes=10)``, and by weights, ``load_pretrained(path)``.
+"""Models by name, `models.create("wrn-16-1", num_classes=10)`, and by weights, `load_pretrained(path)`.
 
-Every model carries ``taps``, a dict that names where attention may be compared: ``"groups"`` (one module per
-resolution) and ``"blocks"`` (every block), each a list of module names in forward order.
+Every model carries `taps`, a dict that names where attention may be compared: `"groups"` (one module per
+resolution) and `"blocks"` (every block), each a list of module names in forward order.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ _FAMILIES: list[tuple[list[str], str, Builder]] = [
 
 
 def available() -> list[str]:
-    """Names that :func:`create` understands; ``wrn-D-K`` stands for any depth D = 6n + 4 and width K >= 1.
+    """Names that `create` understands; `wrn-D-K` stands for any depth D = 6n + 4 and width K >= 1.
 
-    What stands in brackets may be left out: ``-nobn`` is without BatchNorm, ``-rawpool`` without ReLU before
-    pooling, so ``nin-thin-nobn-rawpool`` is the student of the paper's Table 3.
+    What stands in brackets may be left out: `-nobn` is without BatchNorm, `-rawpool` without ReLU before
+    pooling, so `nin-thin-nobn-rawpool` is the student of the paper's Table 3.
     """
     return [name for names, _, _ in _FAMILIES for name in names]
 
@@ -66,9 +66,9 @@ def create(name: str, num_classes: int = 10, **options: Any) -> TappedModel:
     """A freshly initialised model.
 
     Args:
-        name: one of :func:`available`, e.g. ``"wrn-40-2"`` or ``"resnet-18"``.
+        name: one of `available`, e.g. `"wrn-40-2"` or `"resnet-18"`.
         num_classes: width of the last layer.
-        options: passed to the model, e.g. ``in_channels=1`` for grey images.
+        options: passed to the model, e.g. `in_channels=1` for grey images.
 
     Raises:
         UnknownModel: a name that is none of them.

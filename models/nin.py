@@ -15,9 +15,9 @@ WIDTHS = {"thin": 88, "wide": 200}
 class NIN(TappedModel):
     """Three blocks of 3x3, 1x1, 1x1 convolutions, a stride-2 pooling between blocks, a linear classifier.
 
-    ``forward`` takes ``(B, in_channels, H, W)`` and returns logits ``(B, num_classes)``. The blocks' outputs
-    have the sizes ``(H, W)``, ``(H/2, W/2)`` and ``(H/4, W/4)``. They are ``taps["groups"]``, before pooling;
-    ``taps["convs"]`` are the blocks' last convolutions, before BatchNorm and ReLU.
+    `forward` takes `(B, in_channels, H, W)` and returns logits `(B, num_classes)`. The blocks' outputs
+    have the sizes `(H, W)`, `(H/2, W/2)` and `(H/4, W/4)`. They are `taps["groups"]`, before pooling;
+    `taps["convs"]` are the blocks' last convolutions, before BatchNorm and ReLU.
 
     Args:
         width: channels of every convolution.
@@ -26,7 +26,7 @@ class NIN(TappedModel):
             without BatchNorm, and of the teacher that this student's activations are compared with.
 
     Raises:
-        ValueError: ``width`` or ``in_channels`` below 1.
+        ValueError: `width` or `in_channels` below 1.
     """
 
     def __init__(

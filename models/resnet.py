@@ -22,17 +22,17 @@ BLOCKS = {
 
 
 class ResNet(TorchvisionResNet, TappedModel):
-    """torchvision's ``resnet<depth>``, whose ``state_dict`` keys it keeps, with ``taps`` added.
+    """torchvision's `resnet<depth>`, whose `state_dict` keys it keeps, with `taps` added.
 
-    ``forward`` takes ``(B, in_channels, H, W)`` and returns logits ``(B, num_classes)``. Groups (``layer1``
-    to ``layer4``) and blocks are tapped after their last ReLU, as post-activation ResNets give them.
+    `forward` takes `(B, in_channels, H, W)` and returns logits `(B, num_classes)`. Groups (`layer1`
+    to `layer4`) and blocks are tapped after their last ReLU, as post-activation ResNets give them.
 
     Args:
         depth: 18, 34, 50 or 101.
-        options: torchvision's own, e.g. ``zero_init_residual=True``.
+        options: torchvision's own, e.g. `zero_init_residual=True`.
 
     Raises:
-        ValueError: another depth, or ``in_channels`` below 1.
+        ValueError: another depth, or `in_channels` below 1.
     """
 
     def __init__(self, depth: int, num_classes: int = 10, *, in_channels: int = 3, **options: Any) -> None:

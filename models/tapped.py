@@ -1,4 +1,4 @@
-"""What every model of the zoo offers besides ``nn.Module``."""
+"""What every model of the zoo offers besides `nn.Module`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import nn
 class TappedModel(nn.Module):
     """A module that names where its attention may be compared with another model's.
 
-    ``taps["groups"]`` has one module per resolution, ``taps["blocks"]`` every block: names as in
-    ``named_modules()``, in forward order, ready for ``at_fused.FeatureTaps``.
+    `taps["groups"]` has one module per resolution, `taps["blocks"]` every block: names as in
+    `named_modules()`, in forward order, ready for `at_fused.FeatureTaps`.
     """
 
     taps: dict[str, list[str]]

@@ -1,8 +1,8 @@
-"""Import this before torchvision: ``from models import torchvision_compat  # noqa: F401``.
+"""Import this before torchvision: `from models import torchvision_compat  # noqa: F401`.
 
 torchvision's PyPI wheel is built for a CUDA torch. Next to a CPU-only torch its compiled operators cannot
-load, and ``import torchvision`` then stops at "operator torchvision::nms does not exist", as it describes
-(``register_fake``) two operators that nothing has declared. Declaring their schemas is enough: all of its
+load, and `import torchvision` then stops at "operator torchvision::nms does not exist", as it describes
+(`register_fake`) two operators that nothing has declared. Declaring their schemas is enough: all of its
 Python (datasets, transforms, models) works, and only calling non-maximum suppression itself still raises.
 
 Where the compiled operators load, this module changes nothing.
@@ -23,7 +23,7 @@ _library: torch.library.Library | None = None  # the declarations live as long a
 
 
 def _compiled_operators_load() -> bool:
-    """Load torchvision's operators as its own ``extension.py`` would."""
+    """Load torchvision's operators as its own `extension.py` would."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return True  # not installed: leave it to the import to say so

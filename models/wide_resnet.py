@@ -32,13 +32,13 @@ class Block(nn.Module):
 
 
 class WideResNet(TappedModel):
-    """WRN-depth-width: three groups of ``(depth - 4) / 6`` blocks with 16, 32, 64 times ``width`` channels.
+    """WRN-depth-width: three groups of `(depth - 4) / 6` blocks with 16, 32, 64 times `width` channels.
 
-    ``forward`` takes ``(B, in_channels, H, W)`` and returns logits ``(B, num_classes)``. The groups' outputs
-    have the sizes ``(H, W)``, ``(H/2, W/2)`` and ``(H/4, W/4)``, rounded up.
+    `forward` takes `(B, in_channels, H, W)` and returns logits `(B, num_classes)`. The groups' outputs
+    have the sizes `(H, W)`, `(H/2, W/2)` and `(H/4, W/4)`, rounded up.
 
     Raises:
-        ValueError: ``depth`` is not 6n + 4 with n >= 1, or ``width`` or ``in_channels`` is below 1.
+        ValueError: `depth` is not 6n + 4 with n >= 1, or `width` or `in_channels` is below 1.
     """
 
     def __init__(self, depth: int, width: int, num_classes: int = 10, *, in_channels: int = 3) -> None:

@@ -279,13 +279,12 @@ def test_peak_of_each_form() -> None:
     assert peak > cell.student_bytes  # the squares
 
 
-def test_percentiles_and_means() -> None:
+def test_percentiles() -> None:
     times = timing.Times((4.0, 1.0, 3.0, 2.0, 5.0))
     assert times.median == 3.0
     assert times.percentile(20) == pytest.approx(1.8)
     assert times.percentile(80) == pytest.approx(4.2)
     assert timing.percentile([7.0], 20) == 7.0
-    assert report.geometric_mean([1.0, 4.0, 16.0]) == pytest.approx(4.0)
 
 
 def test_contenders_take_turns_in_changing_order() -> None:

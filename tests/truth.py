@@ -1,9 +1,9 @@
 """Independent fp64 truth for the attention-transfer losses, with gradients derived by hand, in NumPy.
 
-Nothing here imports ``at_fused`` or uses autograd. Features are ``(B, C, *spatial)`` float64 arrays.
+Nothing here imports `at_fused` or uses autograd. Features are `(B, C, *spatial)` float64 arrays.
 
 Every number comes with its *size*: the error it would have if each intermediate (map, norm, normalised
-map) carried a relative error of 1. With unit roundoff ``e`` a result may be off by ``ROUNDINGS * e * size``.
+map) carried a relative error of 1. With unit roundoff `e` a result may be off by `ROUNDINGS * e * size`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Loss:
 
 
 def power_map(feat: Array, p: float, mapping: str) -> Array:
-    """``F_sum^p`` or ``F_max^p`` (section 3.1): ``(B, C, *spatial) -> (B, *spatial)``."""
+    """`F_sum^p` or `F_max^p` (section 3.1): `(B, C, *spatial) -> (B, *spatial)`."""
     powers = np.abs(feat) ** p
     return powers.sum(axis=1) if mapping == "sum" else powers.max(axis=1)
 
 
 def power_map_slope(feat: Array, p: float, mapping: str) -> Array:
-    """``dQ/dA``: ``p |A|^(p-1) sign(A)``; for max only the first channel that attains it."""
+    """`dQ/dA`: `p |A|^(p-1) sign(A)`; for max only the first channel that attains it."""
     slope = p * np.abs(feat) ** (p - 1) * np.sign(feat)
     if mapping == "max":
         winner = np.expand_dims(np.abs(feat).argmax(axis=1), 1)
@@ -53,12 +53,12 @@ def power_map_slope(feat: Array, p: float, mapping: str) -> Array:
 
 
 def flat(maps: Array) -> Array:
-    """``(B, *spatial) -> (B, N)``, also for an empty batch."""
+    """`(B, *spatial) -> (B, N)`, also for an empty batch."""
     return maps.reshape(len(maps), int(np.prod(maps.shape[1:])))
 
 
 def normalized(maps: Array, normalize: str | None, eps: float = 1e-12) -> tuple[Array, Array]:
-    """Flat maps ``(B, N)`` divided by their norm clamped at ``eps``; also the clamped norm ``(B, 1)``."""
+    """Flat maps `(B, N)` divided by their norm clamped at `eps`; also the clamped norm `(B, 1)`."""
     if normalize is None:
         return maps, np.ones((len(maps), 1))
     norm = np.sqrt((maps**2).sum(1, keepdims=True)) if normalize == "l2" else maps.sum(1, keepdims=True)
@@ -68,7 +68,7 @@ def normalized(maps: Array, normalize: str | None, eps: float = 1e-12) -> tuple[
 def normalized_slope(
     maps: Array, unit_grad: Array, normalize: str | None, eps: float, sign: float = -1.0
 ) -> Array:
-    """Gradient at the maps from the one at the unit maps. ``sign=+1`` adds the terms' sizes instead."""
+    """Gradient at the maps from the one at the unit maps. `sign=+1` adds the terms' sizes instead."""
     unit, norm = normalized(maps, normalize, eps)
     if normalize is None:
         return unit_grad
@@ -80,7 +80,7 @@ def normalized_slope(
 
 
 def resize_matrix(n_in: int, n_out: int, mode: str) -> Array:
-    """``(n_out, n_in)`` interpolation along one axis, half-pixel centres (``align_corners=False``)."""
+    """`(n_out, n_in)` interpolation along one axis, half-pixel centres (`align_corners=False`)."""
     weights = np.zeros((n_out, n_in))
     for i in range(n_out):
         if mode == "nearest":
@@ -102,7 +102,7 @@ def resize(maps: Array, size: Sequence[int], mode: str) -> Array:
 
 
 def resize_transposed(grad: Array, size: Sequence[int], mode: str) -> Array:
-    """Adjoint of :func:`resize`: from the resized grid back to ``size``."""
+    """Adjoint of `resize`: from the resized grid back to `size`."""
     for axis, n_in in enumerate(size, start=1):
         if grad.shape[axis] != n_in:
             matrix = resize_matrix(n_in, grad.shape[axis], mode)
@@ -114,7 +114,7 @@ def resize_transposed(grad: Array, size: Sequence[int], mode: str) -> Array:
 
 
 def distance_and_slope(s: Array, t: Array, distance: str, order: float) -> tuple[float, float, Array, Array]:
-    """Mean distance between flat unit maps ``(B, N)``: value, its size, gradient at ``s``, its size."""
+    """Mean distance between flat unit maps `(B, N)`: value, its size, gradient at `s`, its size."""
     batch, n = s.shape
     if batch == 0:
         return 0.0, 0.0, np.zeros_like(s), np.zeros_like(s)
@@ -183,7 +183,7 @@ def attention_loss(
 def distillation(
     s_logits: Array, t_logits: Array, targets: NDArray[np.int64], temperature: float, alpha: float
 ):
-    """``alpha T^2 KL(teacher || student at T) + (1 - alpha) CE``, means; value and student's gradient."""
+    """`alpha T^2 KL(teacher || student at T) + (1 - alpha) CE`, means; value and student's gradient."""
 
     def log_softmax(z: Array) -> Array:
         z = z - z.max(1, keepdims=True)

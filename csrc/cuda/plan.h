@@ -168,7 +168,7 @@ inline bool plan_loss(LossTable& table, const Device& device, bool streams) {
   // Few samples: more blocks for the largest, until there are two for every multiprocessor.
   const auto block_bytes = [](const Pair& pair) { return sample_bytes(pair) >> pair.team_log2; };
   const auto smaller = [&](const Pair& a, const Pair& b) { return block_bytes(a) < block_bytes(b); };
-  constexpr int64_t worth_splitting = 64 << 10;
+  constexpr int64_t worth_splitting = 64 << 10;  // bytes; below, an estimate, blocks wait more than they read
   for (;;) {
     int64_t blocks = 0;
     for (Pair* pair = first; pair != last; ++pair) blocks += int64_t{pair->batch} << pair->team_log2;
