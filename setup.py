@@ -109,6 +109,7 @@ class BuildLibraries(build_ext):
             except Exception as error:
                 if required:
                     raise
+                self.beside_the_source(library).unlink(missing_ok=True)
                 self.leave_out(
                     f"{Path(library.sources[0]).parent} does not compile "
                     f"({(str(error) or repr(error)).splitlines()[0]}); to see why: "
@@ -139,8 +140,10 @@ class BuildLibraries(build_ext):
 
     def forget(self, library: Extension) -> None:
         self.built(library).unlink(missing_ok=True)  # left in build/ by an earlier build
-        if not is_set("AT_FUSED_SANITIZE"):  # an older one must not answer for newer sources
-            self.beside_the_source(library).unlink(missing_ok=True)
+        beside = self.beside_the_source(library)
+        newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*"))
+        if beside.exists() and beside.stat().st_mtime < newest:  # must not answer for newer sources
+            beside.unlink()
         self.extensions = [other for other in self.extensions if other is not library]
         self.distribution.ext_modules = self.extensions
 

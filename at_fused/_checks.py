@@ -119,7 +119,9 @@ def described(value: object, *, dtype: bool = False) -> str:
     """The shape of a tensor, the type of anything else: for messages."""
     if not isinstance(value, Tensor):
         return type(value).__name__
-    shape = "nested tensor" if value.is_nested else str(tuple(value.shape))
+    shape = (
+        "nested tensor" if value.is_nested else f"{tuple(value.shape)}"
+    )  # str() of symbols can't be traced
     return f"{str(value.dtype).removeprefix('torch.')} {shape}" if dtype else shape
 
 
@@ -154,7 +156,8 @@ def check_weights(weights: Sequence[float], count: int | None = None) -> list[fl
 
 
 def check_targets(targets: object) -> None:
-    if not isinstance(targets, Tensor) or not (targets.dtype == torch.int64 or targets.is_floating_point()):
+    classes = (torch.int64, torch.uint8)  # what PyTorch's cross-entropy takes
+    if not isinstance(targets, Tensor) or not (targets.dtype in classes or targets.is_floating_point()):
         raise TypeError(
             f"targets must be int64 classes or probabilities, got {described(targets, dtype=True)}"
         )

@@ -138,15 +138,11 @@ def _requires_grad(*groups: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for group in groups for tensor in group)
 
 
-def _save_for_backward(ctx: Any, feats: Sequence[Tensor], slopes: Sequence[Tensor] = ()) -> None:
-    """Features that need no gradient, such as a teacher's, are held as they are: only double backward reads
-    them, so that until then they may change, and inference tensors can't be saved."""
-    needed = ctx.needs_input_grad[3:]
-    ctx.held = [None if need else feat for feat, need in zip(feats, needed, strict=True)]
-    ctx.versions = [None if feat is None or feat.is_inference() else feat._version for feat in ctx.held]
-    saved = [feat if need else None for feat, need in zip(feats, needed, strict=True)]
-    ctx.held += [None] * len(slopes)
-    ctx.save_for_backward(*saved, *slopes)
+def _save_for_backward(ctx: Any, *tensors: Tensor) -> None:
+    """Inference tensors, such as a teacher's features, can't be saved: they are held as they are."""
+    ctx.held = [tensor if tensor.is_inference() else None for tensor in tensors]
+    pairs = zip(tensors, ctx.held, strict=True)
+    ctx.save_for_backward(*(tensor if held is None else None for tensor, held in pairs))
 
 
 def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
@@ -155,20 +151,11 @@ def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
     return tuple(tensor if held is None else held for tensor, held in pairs)
 
 
-def _check_unchanged(ctx: Any) -> None:
-    for feat, version in zip(ctx.held, ctx.versions, strict=False):
-        if version is not None and feat._version != version:
-            raise RuntimeError(
-                f"a feature {tuple(feat.shape)} that double backward needs has been modified in place since "
-                "the loss was computed"
-            )
-
-
 class _Maps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: float, mapping: str, backend: str, *feats: Tensor) -> tuple[Tensor, ...]:
         ctx.options = (p, mapping, backend)
-        _save_for_backward(ctx, feats)
+        _save_for_backward(ctx, *feats)
         ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowAutograd():
             return tuple(attention_maps(list(feats), p, mapping, backend))
@@ -237,7 +224,7 @@ class _Loss(torch.autograd.Function):
         ctx.weights, ctx.options, ctx.backend = weights, options, backend
         ctx.first_slope = 0 if any(student_needs) else count
         ctx.ready = grads if ahead else None
-        _save_for_backward(ctx, feats, slopes)
+        _save_for_backward(ctx, *feats, *slopes)
         ctx.set_materialize_grads(False)
         return loss
 
@@ -253,7 +240,6 @@ class _Loss(torch.autograd.Function):
             return None, None, None, *grads
 
         if torch.is_grad_enabled():  # create_graph=True: the slopes' own derivatives are needed too.
-            _check_unchanged(ctx)
 
             def recompute(*feats: Tensor) -> list[Tensor]:
                 students, teachers = feats[:count], feats[count:]
@@ -302,7 +288,7 @@ def _recomputed_gradients(
         inputs = [x.clone() if x is not None and x.is_inference() else x for x in inputs]
         # Views keep the graph of the inputs when it is wanted, and cut it when it is not.
         inputs = [
-            None if x is None else (x.view_as(x) if create_graph else x.detach().requires_grad_(need))
+            None if x is None else (reference.alias(x) if create_graph else x.detach().requires_grad_(need))
             for x, need in zip(inputs, needed, strict=True)
         ]
         outputs = function(*inputs)
@@ -318,7 +304,7 @@ def _recomputed_gradients(
             )
         )
     return [
-        reference.in_format(next(found), x) if need and x is not None else None
+        reference.in_format(next(found), reference.strides_of(x)) if need and x is not None else None
         for x, need in zip(inputs, needed, strict=True)
     ]
 

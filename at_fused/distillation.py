@@ -37,8 +37,9 @@ def distillation_loss(
             f"student logits {tuple(s_logits.shape)} and teacher logits {tuple(t_logits.shape)} "
             "must both be (B, n_classes)"
         )
-    check_real("temperature", temperature)
-    check_real("alpha", alpha)
+    for name, value in (("temperature", temperature), ("alpha", alpha)):
+        if not isinstance(value, Tensor):  # one that is learnt, say
+            check_real(name, value)
     check_targets(targets)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")

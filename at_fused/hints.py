@@ -70,16 +70,20 @@ class FeatureHints(nn.Module):
         return torch.stack(losses).sum()
 
     def _check(self, index: int, student: Tensor, teacher: Tensor) -> None:
-        pair = f"pair {index}: student {described(student)} and teacher {described(teacher)}"
-        if not all(isinstance(feat, Tensor) and feat.is_floating_point() for feat in (student, teacher)):
-            raise TypeError(f"{pair} must be floating-point tensors")
-        if student.ndim != 4 or teacher.ndim != 4:
-            raise ValueError(f"{pair} must be (B, C, H, W)")
+        kind: type[Exception] = ValueError
         expected = self.student_channels[index], self.teacher_channels[index]
-        if (student.shape[1], teacher.shape[1]) != expected:
-            raise ValueError(f"{pair} must have {expected[0]} and {expected[1]} channels")
-        if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
-            raise ValueError(f"{pair} must have the same batch and spatial sizes")
+        if not all(isinstance(feat, Tensor) and feat.is_floating_point() for feat in (student, teacher)):
+            kind, problem = TypeError, "be floating-point tensors"
+        elif student.ndim != 4 or teacher.ndim != 4:
+            problem = "be (B, C, H, W)"
+        elif (student.shape[1], teacher.shape[1]) != expected:
+            problem = f"have {expected[0]} and {expected[1]} channels"
+        elif student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
+            problem = "have the same batch and spatial sizes"
+        else:
+            return
+        pair = f"pair {index}: student {described(student)} and teacher {described(teacher)}"
+        raise kind(f"{pair} must {problem}")
 
 
 def _regressed(regressor: nn.Module, student: Tensor) -> Tensor:

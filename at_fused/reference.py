@@ -75,9 +75,18 @@ def _abs_power_derivative(x: Tensor, p: float) -> Tensor:
     return p * _abs_power(x, p - 1) * x.sgn()
 
 
-def in_format(grad: Tensor | None, feat: Tensor) -> Tensor | None:
-    """`grad` with its dimensions in the order in memory that `feat`'s have."""
-    strides = torch.empty_like(feat).stride()
+def alias(x: Tensor) -> Tensor:
+    """Another tensor of the same memory; unlike a view's, the strides of dimensions of size 1 are kept."""
+    return torch.ops.aten.alias.default(x)
+
+
+def strides_of(feat: Tensor) -> tuple[int, ...]:
+    """Strides of a gradient in the memory format of `feat`."""
+    return torch.empty_like(feat, device="meta").stride()
+
+
+def in_format(grad: Tensor | None, strides: Sequence[int]) -> Tensor | None:
+    """`grad` with its dimensions in memory in the order that `strides` tell."""
     if grad is None or grad.stride() == strides:
         return grad
     order = sorted(range(grad.ndim), key=lambda dim: -strides[dim])
@@ -85,12 +94,12 @@ def in_format(grad: Tensor | None, feat: Tensor) -> Tensor | None:
 
 
 def _keeping_format(feat: Tensor) -> Tensor:
-    """A view of `feat` whose gradient is handed on in its memory format; compilers see to that themselves."""
+    """`feat`, whose gradient is handed on in its memory format; compilers see to that themselves."""
     if not feat.requires_grad or torch.compiler.is_compiling():
         return feat
-    view = feat.view_as(feat)
-    view.register_hook(lambda grad: in_format(grad, feat))
-    return view
+    strides, other = strides_of(feat), alias(feat)
+    other.register_hook(lambda grad: in_format(grad, strides))  # a hook that held the feature would keep it
+    return other
 
 
 def normalize_map(attention: Tensor, order: str | None, eps: float) -> Tensor:

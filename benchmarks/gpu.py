@@ -144,8 +144,9 @@ def source_digest() -> str:
     """The same for the same sources of all that is built, tested and measured."""
     summary = hashlib.blake2b(digest_size=8)
     folders = ("at_fused", "csrc", "models", "trainer", "recipes", "tests", "benchmarks")
-    files = (path for folder in folders for path in (ROOT / folder).rglob("*.*"))
-    kinds = {".py", ".cpp", ".h", ".cu", ".cuh", ".yaml"}
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    files += [ROOT / name for name in ("setup.py", "pyproject.toml", "train.py")]
+    kinds = {".py", ".cpp", ".h", ".cu", ".cuh", ".yaml", ".toml"}
     for path in sorted(path for path in files if path.suffix in kinds):
         summary.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return summary.hexdigest()
@@ -243,7 +244,8 @@ def summarize(results: Path, device_type: str, states: dict[str, str]) -> None:
     machine = report.describe_machine(torch.device(device_type))
     rows: list[Row] = []
     for path in sorted((results / "pieces").glob(f"*/loss-{device_type}.json")):
-        rows += json.loads(path.read_text())["rows"]
+        if states.get(path.parent.name, "").startswith("done"):
+            rows += json.loads(path.read_text())["rows"]
     if rows:
         write_loss(results, device_type, machine, rows)
         draw_loss(results, device_type, rows)

@@ -57,8 +57,10 @@ def test_layouts(layout, dtype: torch.dtype, mapping: str, backend: str) -> None
 
 @each_backend
 @pytest.mark.parametrize("layout", [Tensor.contiguous, cases.channels_last], ids=cases.name_of)
-def test_gradient_keeps_the_memory_format(layout, backend: str) -> None:
-    s, t = pair((3, 8, 6, 5), 4, layout=layout, dtype=torch.bfloat16, device=cases.device_of(backend))
+@pytest.mark.parametrize("batch", [1, 3])
+def test_gradient_keeps_the_memory_format(batch: int, layout, backend: str) -> None:
+    shape = (batch, 8, 6, 5)
+    s, t = pair(shape, 4, layout=layout, dtype=torch.bfloat16, device=cases.device_of(backend))
     grads = check_loss([s], [t], backend=backend)
     assert [g.stride() for g in grads] == [s.stride(), t.stride()]
     for create_graph in (False, True):  # not as leaves, whose .grad gets its format elsewhere

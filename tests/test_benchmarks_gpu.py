@@ -236,7 +236,10 @@ def test_summary_joins_the_pieces(tmp_path: Path) -> None:
     for dtype in ("fp32", "bf16"):
         command = ["--suite", "loss", "--quick", "--cells", f"cifar-nchw-{dtype}", "--providers", "authors"]
         assert run.main([*command, "--out", str(tmp_path / "pieces" / dtype)]) == 0
-    gpu.summarize(tmp_path, "cpu", {"build": "done in 1 s"})
+    states = {"build": "done in 1 s", "fp32": "done in 2 s", "bf16": "done in 2 s"}
+    (tmp_path / "pieces/old").mkdir()  # of other sources
+    (tmp_path / "pieces/old/loss-cpu.json").write_text("not read")
+    gpu.summarize(tmp_path, "cpu", states | {"old": "not run"})
     rows = json.loads((tmp_path / "loss-cpu.json").read_text())["rows"]
     assert [row["cell"] for row in rows] == ["cifar-nchw-bf16", "cifar-nchw-fp32"]
     assert (tmp_path / "loss-cpu.png").exists()

@@ -109,6 +109,15 @@ def test_features_of_another_dtype_than_the_regressors(dtype: torch.dtype, own: 
     torch.testing.assert_close(s.grad, exactly.grad.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)  # type: ignore[union-attr]
 
 
+def test_compiled_whole_for_any_batch() -> None:
+    torch.compiler.reset()
+    hints = at_fused.FeatureHints(3, 5)
+    compiled = torch.compile(hints, fullgraph=True, backend="aot_eager")
+    for batch in (4, 3):
+        s, t = torch.randn(batch, 3, 4, 4), torch.randn(batch, 5, 4, 4)
+        torch.testing.assert_close(compiled(s, t), hints(s, t))
+
+
 def test_under_autocast() -> None:
     torch.manual_seed(0)
     hints = at_fused.FeatureHints(4, 6)

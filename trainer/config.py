@@ -167,7 +167,7 @@ class Config(BaseModel):
     freeze_bn: bool = False
     """BatchNorm stays in eval mode while training"""
     freeze: list[str] = []
-    """modules whose parameters do not train"""
+    """modules, or groups or blocks, whose parameters do not train"""
     sync_bn: bool = False
     """BatchNorm statistics over all ranks (CUDA only)"""
     pretrained: bool | Path = False
