@@ -185,7 +185,8 @@ def test_mistakes_are_refused_in_one_line(keys: dict[str, object], words: list[s
     "text, word",
     [
         ("- a\n", "mapping"),
-        ("a: [", "not YAML"),
+        ("a: [", "not valid YAML"),
+        ("at-start-epoch: 1\nat_start_epoch: 2\n", "not valid YAML, line 2: at-start-epoch stands twice$"),
         ("base: own.yaml\n", "its own base"),
         ("base: nope.yaml\n", "nope"),
         ("base: [own.yaml]\n", "its own base"),

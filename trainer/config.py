@@ -322,6 +322,19 @@ def make_config(values: dict[str, Any], *, to_print: bool = False) -> Config:
         raise ConfigError("; ".join(_line(e, values) for e in error.errors())) from None
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value).replace("_", "-")
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Keys of a recipe file: those of its `base`, its own over them.
 
@@ -331,11 +344,14 @@ def load_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in above:
         raise ConfigError(f"recipe {path} is its own base")
     try:
-        own = yaml.safe_load(path.read_text(encoding="utf-8"))
+        own = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
     except OSError as error:
         raise ConfigError(f"recipe {path}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"recipe {path} is not valid YAML{line}: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if own is None:
         own = {}
     if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
