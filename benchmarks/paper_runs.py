@@ -24,9 +24,8 @@ from trainer.config import Config, make_config
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED_STEPS = 5  # the first warms up
-EVALUATION = (
-    1 / 3
-)  # of a training step's time that an equal batch takes in evaluation: forward without backward
+# Of a training step's time, what an equal batch takes in evaluation: forward without backward.
+EVALUATION = 1 / 3
 
 
 def run(jobs: Sequence[Job], logs: Path, parallel: int, finished: Callable[[], object]) -> int:

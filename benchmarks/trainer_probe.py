@@ -79,9 +79,8 @@ def main(argv: Sequence[str]) -> int:
         if EAGER in flags:
             _use_eager_form(run)
         if what == "memory" and run.progress.step == 0:
-            Path("/proc/self/clear_refs").write_text(
-                "5"
-            )  # what reading the data took at its peak is forgotten
+            # What reading the data took at its peak is forgotten.
+            Path("/proc/self/clear_refs").write_text("5")
         step(run, *args)
         if what == "start-up" or run.progress.step == 2:
             raise Enough
