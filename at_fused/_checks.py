@@ -7,7 +7,6 @@ import numbers
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
@@ -119,9 +118,8 @@ def described(value: object, *, dtype: bool = False) -> str:
     """The shape of a tensor, the type of anything else: for messages."""
     if not isinstance(value, Tensor):
         return type(value).__name__
-    shape = (
-        "nested tensor" if value.is_nested else f"{tuple(value.shape)}"
-    )  # str() of symbols can't be traced
+    # Not str(): under torch.compile, sizes are symbols, of which it can't be traced.
+    shape = "nested tensor" if value.is_nested else f"{tuple(value.shape)}"
     return f"{str(value.dtype).removeprefix('torch.')} {shape}" if dtype else shape
 
 
@@ -161,17 +159,3 @@ def check_targets(targets: object) -> None:
         raise TypeError(
             f"targets must be int64 classes or probabilities, got {described(targets, dtype=True)}"
         )
-
-
-def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy, summed over the batch, of logits (B, n_classes); targets that do not fit: ValueError."""
-    soft = targets.is_floating_point()
-    if targets.shape == (logits.shape if soft else logits.shape[:1]):
-        try:
-            return F.cross_entropy(logits, targets.to(logits.dtype) if soft else targets, reduction="sum")
-        except IndexError:
-            expected = f"classes from 0 to {logits.shape[1] - 1}"
-    else:
-        expected = "int64 (B,) or probabilities (B, n_classes)"
-    shapes = f"targets {described(targets, dtype=True)} do not fit logits {tuple(logits.shape)}"
-    raise ValueError(f"{shapes}: expected {expected}")

@@ -54,24 +54,17 @@ def _attention_maps_backward(
     return _backend(backend).attention_maps_backward(feats, grad_maps, scale, p, mapping)
 
 
-def _attention_loss(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    weights: list[float],
-    p: float,
-    mapping: str,
-    eps: float,
-    reduce: bool,
-    backend: str,
-) -> Tensor:
-    options = (p, mapping, eps, reduce, False, False, False)
-    return _backend(backend).attention_loss(students, teachers, weights, *options)[0]
-
-
 def _attention_loss_forward(
     students: list[Tensor], teachers: list[Tensor], weights: list[float], *options: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return _backend(options[-1]).attention_loss(students, teachers, weights, *options[:-1])
+
+
+def _attention_loss(
+    students: list[Tensor], teachers: list[Tensor], weights: list[float], *options: Any
+) -> Tensor:
+    wanted = (False, False, False)  # no slopes, no gradients
+    return _attention_loss_forward(students, teachers, weights, *options[:-1], *wanted, options[-1])[0]
 
 
 _library.impl("attention_maps", _attention_maps, "CompositeExplicitAutograd")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_real, check_targets, described, summed_cross_entropy
+from ._checks import check_real, check_targets, described
 from .reference import accumulation_dtype
 
 
@@ -54,3 +54,17 @@ def distillation_loss(
     soft = (t_soft.exp() * surplus).sum()
     hard = summed_cross_entropy(s_logits, targets)
     return (alpha * temperature**2 * soft + (1 - alpha) * hard) / batch
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy, summed over the batch, of logits (B, n_classes); targets that do not fit: ValueError."""
+    soft = targets.is_floating_point()
+    if targets.shape == (logits.shape if soft else logits.shape[:1]):
+        try:
+            return F.cross_entropy(logits, targets.to(logits.dtype) if soft else targets, reduction="sum")
+        except IndexError:
+            expected = f"classes from 0 to {logits.shape[1] - 1}"
+    else:
+        expected = "int64 (B,) or probabilities (B, n_classes)"
+    shapes = f"targets {described(targets, dtype=True)} do not fit logits {tuple(logits.shape)}"
+    raise ValueError(f"{shapes}: expected {expected}")

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_targets, described, summed_cross_entropy
+from ._checks import check_targets, described
+from .distillation import summed_cross_entropy
 from .reference import accumulation_dtype, without_autocast
 from .taps import unknown_name
 

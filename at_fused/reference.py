@@ -169,7 +169,8 @@ def loss_from_maps(
             teacher = normalize_map(resize_map(teacher, student.shape[1:], resize), normalize, eps)
             student = normalize_map(student, normalize, eps)
             losses.append(weight * map_distance(student, teacher, distance, norm_order))
-    return torch.stack(losses).sum() if reduce else torch.stack(losses)
+    stacked = torch.stack(losses)
+    return stacked.sum() if reduce else stacked
 
 
 def attention_loss(

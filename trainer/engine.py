@@ -87,9 +87,8 @@ class Run:
         if self.start.checkpoint is not None:
             resume.check_identity(self.start.checkpoint, self.identity, config)
             self.state.restore(self.start.checkpoint)
+            self.watch.last_saved = f"{self.start.path} (step {self.state.progress.step})"
         self.progress, self.sums = self.state.progress, self.state.sums
-        if self.start.checkpoint is not None:
-            self.watch.last_saved = f"{self.start.path} (step {self.progress.step})"
         if config.amp == "fp16" and config.momentum:
             _fill_momentum(self.optimizer)
         step, mid_epoch = self.progress.step, self.progress.step % self.steps_per_epoch

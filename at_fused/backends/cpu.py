@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._outputs import empty_loss_outputs, empty_map
+from ._library import load
 
 _LIBRARY = Path(__file__).parent.parent / "_cpu.so"
 _MAX_SPATIAL_DIMS = 8  # as in csrc/cpu/feature.h
@@ -18,16 +19,7 @@ def unavailable() -> str | None:
     """Loads the library; None when it is there and fits this torch."""
     if not _LIBRARY.exists():
         return "its library was not built (install at_fused where torch and a C++ compiler are present)"
-    try:
-        torch.ops.load_library(_LIBRARY)
-    except (OSError, RuntimeError) as error:
-        return f"its library does not load: {load_error(error)}"
-    return None
-
-
-def load_error(error: BaseException) -> str:
-    """Why a library does not load, in one line: the linker's reason, which torch wraps."""
-    return str(error.__cause__ or error).splitlines()[0]
+    return load(_LIBRARY)
 
 
 def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:

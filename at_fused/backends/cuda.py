@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._outputs import empty_loss_outputs, empty_map
-from .cpu import load_error
+from ._library import load
 
 _LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 _MAX_PAIRS = 16  # per launch, as in csrc/cuda/feature.cuh
@@ -24,10 +24,8 @@ def unavailable() -> str | None:
         return "it serves CUDA devices, not ROCm"
     if not _LIBRARY.exists():
         return "its library was not built (install at_fused where a CUDA build of torch and nvcc are present)"
-    try:
-        torch.ops.load_library(_LIBRARY)
-    except (OSError, RuntimeError) as error:
-        return f"its library does not load: {load_error(error)}"
+    if problem := load(_LIBRARY):
+        return problem
     mark_constant()
     return None
 

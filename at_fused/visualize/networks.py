@@ -185,10 +185,7 @@ def _import(name: str) -> Any:
     try:
         repository("models")
         return importlib.import_module(name)
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # RuntimeError: torchvision next to another torch than its own
+    except (ImportError, RuntimeError) as error:  # the latter: torchvision next to another torch
         absent = isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]
         raise LibraryMissing("not installed" if absent else _line(error)) from None
 
