@@ -6,25 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import attention_map
-from .page import LINE, Page, figure_class, lines, wrapped
+from .drawing import Key, Row, Style, draw
+from .layout import Layout, Texts
+from .page import figure_class
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCALES = ("own", "group")
 
-# Inches: the width of a picture, the gaps within and between groups, the margins.
-_CELL, _GAP, _GROUP_GAP = 1.2, 0.07, 0.2
-_LEFT, _RIGHT, _EDGE = 1.0, 0.85, 0.1
-_FLAT, _BAR = 0.6, 0.5  # beside lower pictures names are written across; the least height of the colour bar
-_SMALL, _NORMAL = 7, 8.5  # points
-_ACROSS: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center"}  # a text left of a picture
 _BEYOND = 0.2  # outside 0..1, where a resized image may well go
-_OPACITY = 0.6  # of a map over its image
 
 
 def attention_grid(
@@ -85,7 +79,7 @@ def attention_grid(
     """
     figure_class()  # fails before the work where there is no matplotlib
     pictures = _pictures(images)
-    size = pictures.shape[1:3]
+    batch, height, width = pictures.shape[:3]
     exponents = tuple(p) if isinstance(p, Sequence) else (p,)
     if not exponents:
         raise ValueError("p must be an exponent or several, got none")
@@ -93,95 +87,41 @@ def attention_grid(
     count = _group_count(networks)
     groups = [f"group {i + 1}" for i in range(count)] if groups is None else groups
     captions = captions or {}
-    _check_texts(len(images), list(networks), count, groups, labels, captions, compare_to)
+    _check_texts(batch, list(networks), count, groups, labels, captions, compare_to)
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {SCALES}, got {scale!r}")
-    maps = {
+    maps: dict[Key, list[Tensor]] = {
         (name, exponent): [
-            _map(f"{name}, {group}", feature, len(images), exponent, mapping, several)
+            _map(f"{name}, {group}", feature, batch, exponent, mapping, several)
             for group, feature in zip(groups, features, strict=True)
         ]
         for name, features in networks.items()
         for exponent in exponents
     }
+    rows = _rows(batch, list(networks), exponents)
+    texts = Texts(
+        headings=[
+            f"{heading} ({', '.join(_details(networks, index, exponents, mapping))})"
+            for index, heading in enumerate(groups)
+        ],
+        titles=[f"p = {exponent:g}" for exponent in exponents] if several else list(networks),
+        labels=labels or (),
+        names={name: name for name in networks} if several else {},
+        captions={name: list(captions[name]) for name in captions},
+    )
+    layout = Layout(height / width, len(rows), texts, compared=compare_to is not None)
+    return draw(pictures, rows, maps, layout, Style(compare_to, scale, overlay, colours))
 
-    columns: list[Any]
-    if several:  # a row per image and network
-        rows: list[tuple[int, str | None]] = [(i, name) for i in range(len(images)) for name in networks]
-        columns, titles = list(exponents), [f"p = {exponent:g}" for exponent in exponents]
-    else:
-        rows = [(i, None) for i in range(len(images))]
-        columns, titles = list(networks), list(networks)
 
-    captions = {name: [wrapped(text, _CELL) for text in texts] for name, texts in captions.items()}
-    labels = [wrapped(label, _LEFT) for label in labels or ()]
-    height = _CELL * size[0] / size[1]
-    flat = height < _FLAT
-    names = {name: wrapped(name, _LEFT if flat else height) for name in networks} if several else {}
-    names_width = _LEFT if flat and several else lines(names.values())
-    above = lines(text for texts in captions.values() for text in texts)
-    room = max(height, lines(labels), lines(names.values()) if flat else 0)  # for a row's pictures
-    pitch = above + room + (LINE if compare_to else 0) + _GAP
-    group_width = len(columns) * (_CELL + _GAP) - _GAP + _GROUP_GAP
-    lefts = [_LEFT + _CELL + _GROUP_GAP + names_width + i * group_width for i in range(count)]
-    headings = [
-        wrapped(f"{heading} ({', '.join(_details(networks, index, exponents, mapping))})", group_width)
-        for index, heading in enumerate(groups)
+def _rows(batch: int, names: Sequence[str], exponents: Sequence[float]) -> list[Row]:
+    """One for each image; with several exponents one for each image and network."""
+    if len(exponents) == 1:
+        return [Row(image, [(name, exponents[0]) for name in names], True) for image in range(batch)]
+    return [
+        Row(image, [(name, exponent) for exponent in exponents], shows_image=name == names[0])
+        for image in range(batch)
+        for name in names
     ]
-    titles = [wrapped(title, _CELL) for title in titles]
-    base = _EDGE + lines(headings) * 1.1
-    top = base + lines(titles) + 0.2 * LINE
-    bar_top, bar_height = top + above, min(max((len(rows) - 1) * pitch + room, _BAR), 3.0)
-    bottom = max(top + len(rows) * pitch, bar_top + bar_height) + _EDGE
-    page = Page(lefts[-1] + group_width - _GROUP_GAP + _RIGHT, bottom)
-
-    page.text(_LEFT + _CELL / 2, top, "image", _NORMAL)
-    for left, heading in zip(lefts, headings, strict=True):
-        page.text(left + (group_width - _GROUP_GAP) / 2, base, heading, _NORMAL + 1)
-        for place, title in enumerate(titles):
-            page.text(left + place * (_CELL + _GAP) + _CELL / 2, top, title, _NORMAL)
-
-    drawn: Any = None
-    for number, (image, only) in enumerate(rows):
-        y = top + number * pitch + above + (room - height) / 2
-        if only is None or only == next(iter(networks)):
-            axes = page.axes(_LEFT, y, _CELL, height)
-            axes.imshow(pictures[image], cmap="gray", vmin=0, vmax=1)
-            if labels:
-                axes.set_ylabel(labels[image], **_ACROSS, fontsize=_NORMAL, parse_math=False)
-        for index, left in enumerate(lefts):
-            cells = {key: _enlarged(levels[index][image], size) for key, levels in maps.items()}
-            largest = max(cell.max() for cell in cells.values())
-            for place, column in enumerate(columns):
-                name, exponent = (column, exponents[0]) if only is None else (only, column)
-                cell = cells[name, exponent]
-                axes = page.axes(left + place * (_CELL + _GAP), y, _CELL, height)
-                if overlay:
-                    axes.imshow(_grey(pictures[image]), cmap="gray", vmin=0, vmax=1)
-                drawn = axes.imshow(
-                    cell / ((cell.max() if scale == "own" else largest) or 1),
-                    cmap=colours,
-                    vmin=0,
-                    vmax=1,
-                    alpha=_OPACITY if overlay else None,
-                )
-                if place == 0 and index == 0 and only is not None:
-                    across = _ACROSS if flat else {"labelpad": 2}
-                    axes.set_ylabel(names[only], **across, fontsize=_NORMAL, parse_math=False)
-                if name in captions and index == 0 and (place == 0 or only is None):
-                    axes.set_title(captions[name][image], fontsize=_SMALL, pad=2, parse_math=False)
-                if compare_to not in (None, name):
-                    similarity = _similarity(
-                        maps[name, exponent][index][image], maps[str(compare_to), exponent][index][image]
-                    )
-                    axes.set_xlabel(f"{similarity:.2f}", fontsize=_SMALL, labelpad=1)
-
-    bar_axes = page.axes(page.width - _RIGHT + 0.15, bar_top, 0.1, bar_height)
-    bar = page.figure.colorbar(drawn, cax=bar_axes, ticks=[0, 1])
-    bar.ax.set_yticklabels(["0", "max" if scale == "own" else "max of\ngroup"], fontsize=_NORMAL)
-    if bar.solids is not None:
-        bar.solids.set_alpha(1)
-    return page.figure
 
 
 def _details(
@@ -216,10 +156,6 @@ def _pictures(images: Tensor) -> Any:
             )
         images = images.float().clamp(0, 1)
     return images.permute(0, 2, 3, 1).squeeze(-1).numpy()
-
-
-def _grey(picture: Any) -> Any:
-    return picture if picture.ndim == 2 else picture.mean(-1)
 
 
 def _map(what: str, feature: Tensor, batch: int, p: float, mapping: str, several: bool) -> Tensor:
@@ -286,28 +222,3 @@ def _check_strings(what: str, texts: Sequence[str]) -> None:
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(f"{what} must be strings, got {type(text).__name__}")
-
-
-def _enlarged(attention: Tensor, size: Sequence[int]) -> Any:
-    """A map (h, w) as an array of the image's size, scaled to a root mean square of 1 (zeros stay zeros).
-
-    That is the l2 norm which the loss divides by, for any number of positions.
-    """
-    tiny = torch.finfo(attention.dtype).tiny
-    attention = attention / attention.max().clamp_min(tiny)  # else the squares might overflow
-    attention = attention / attention.square().mean().sqrt().clamp_min(tiny)
-    return _resized(attention, size).numpy()
-
-
-def _similarity(attention: Tensor, reference: Tensor) -> float:
-    """Cosine of the angle between two maps, the reference resized to the other's grid as the loss does it."""
-    if attention.shape != reference.shape:
-        reference = _resized(reference, attention.shape)
-    tiny = torch.finfo(torch.float64).tiny  # maps of gradients are small: the default of 1e-8 is not
-    return F.cosine_similarity(
-        attention.double().flatten(), reference.double().flatten(), dim=0, eps=tiny
-    ).item()
-
-
-def _resized(attention: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(attention[None, None], tuple(size), mode="bilinear", align_corners=False)[0, 0]
