@@ -7,16 +7,15 @@ among the parameters or beside them), and the WRN `state_dict`s of RepDistiller 
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from at_fused import _weights
 from models.tapped import TappedModel
 from models.wide_resnet import WideResNet
 
@@ -53,7 +52,7 @@ NAMINGS = [
 
 
 def load_pretrained(path: str | Path, name: str | None = None) -> TappedModel:
-    """The model whose weights `path` holds, in eval mode; the file is read with `weights_only=True`.
+    """The model whose weights `path` holds, in eval mode; nothing in the file is executed.
 
     Args:
         path: a file of one of the kinds above, or one that holds it under "model", "state_dict" or "params".
@@ -66,15 +65,9 @@ def load_pretrained(path: str | Path, name: str | None = None) -> TappedModel:
     """
     from models import create
 
+    content = _weights.read(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # RepDistiller's command line
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # zip, pickle and torch each raise their own kinds
-        raise ValueError(f"{path} is truncated or not a checkpoint of weights alone") from error
-    try:
-        state = find_weights(content)
+        state = _weights.find(content)
         model = create(name or _name(state), **_ends(state))
         load_state(model, state)
     except ValueError as error:
@@ -105,32 +98,6 @@ def load_state(model: nn.Module, state: State) -> None:
     if problems:
         raise ValueError(f"read as {naming.name}: {'; '.join(problems)}")
     model.load_state_dict({own[key][0]: state[key] for key in shared}, strict=False)
-
-
-def find_weights(content: Any) -> State:
-    """The weights in what a file holds: unwrapped from a checkpoint, without the prefixes of wrappers.
-
-    Of a file with a student's and a teacher's weights these are the student's.
-
-    Raises:
-        ValueError: there are none.
-    """
-    for key in ("model", "state_dict", "params") * 2:  # one in the other, in either order
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            stats = content.get("stats") if key == "params" else None
-            content = {**content[key], **(stats if isinstance(stats, Mapping) else {})}
-    tensors = isinstance(content, Mapping) and all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    )
-    if not tensors or not content:
-        raise ValueError("holds no model weights")
-    state = {key.replace("_orig_mod.", ""): value for key, value in content.items()}  # torch.compile's
-    while all(key.startswith("module.") for key in state):  # DataParallel's
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    if any(key.startswith("student.") for key in state):
-        own = {key.removeprefix("student."): value for key, value in state.items()}
-        state = {key: value for key, value in own.items() if not key.startswith("teacher.")}
-    return state
 
 
 def _naming(state: State) -> Naming:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import models
-from models.importers import find_weights, load_state
+from at_fused import _weights
+from models.importers import load_state
 
 State = dict[str, Tensor]
 
@@ -138,7 +139,7 @@ def test_authors_wrn(blocks: int, width: int, wrap: Any, tmp_path: Path) -> None
     torch.save(wrap(weights), tmp_path / "model.pt7")
     model = models.load_pretrained(tmp_path / "model.pt7").double()
     assert not model.training
-    load_state(model, find_weights(wrap(weights)))  # in fp64, as the file has it
+    load_state(model, _weights.find(wrap(weights)))  # in fp64, as the file has it
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(model(images), authors_logits(weights, blocks, images))
     assert len(model.taps["blocks"]) == 3 * blocks
@@ -161,7 +162,7 @@ def test_repdistiller_wrn(blocks: int, width: int, wrap: Any, tmp_path: Path) ->
     weights = repdistiller_weights(blocks, width)
     torch.save(wrap(weights), tmp_path / "ckpt.pth")
     model = models.load_pretrained(tmp_path / "ckpt.pth").double()
-    load_state(model, find_weights(wrap(weights)))
+    load_state(model, _weights.find(wrap(weights)))
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(model(images), repdistiller_logits(weights, blocks, images))
 
@@ -203,7 +204,7 @@ def test_prefixes_of_wrappers_are_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("inner", ["model", "state_dict", "params"])
 def test_weights_are_found_in_nested_checkpoints(outer: str, inner: str) -> None:
     state = models.create("wrn-10-1").state_dict()
-    assert find_weights({"epoch": 3, outer: {"epoch": 3, inner: dict(state)}}).keys() == state.keys()
+    assert _weights.find({"epoch": 3, outer: {"epoch": 3, inner: dict(state)}}).keys() == state.keys()
 
 
 # --- refusals -----------------------------------------------------------------------------------------
@@ -292,6 +293,10 @@ def test_unreadable_files(tmp_path: Path) -> None:
         models.load_pretrained(tmp_path / "none.pt")
     torch.save(refusal, tmp_path / "code.pt")  # a function: must not be loaded
     (tmp_path / "text.pt").write_text("not weights")
-    for name in ("code.pt", "text.pt"):
-        with pytest.raises(ValueError, match=f"{name} is truncated or not a checkpoint"):
+    torch.save(models.create("wrn-10-1").state_dict(), tmp_path / "flipped.pt")
+    content = bytearray((tmp_path / "flipped.pt").read_bytes())
+    content[len(content) // 2] ^= 1  # within a weight: nothing else would tell
+    (tmp_path / "flipped.pt").write_bytes(content)
+    for name in ("code.pt", "text.pt", "flipped.pt"):
+        with pytest.raises(ValueError, match=f"{name} is damaged, truncated or not a checkpoint"):
             models.load_pretrained(tmp_path / name)

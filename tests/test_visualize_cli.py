@@ -413,7 +413,7 @@ def test_in_place_layers_leave_recorded_features_alone() -> None:
         ("--model wrn-10-1 --images nowhere.png", "nowhere.png: no such file"),
         ("--model wrn-10-1 --images FOLDER/notes.txt", "notes.txt: not an image"),
         ("WRN --checkpoint nowhere.pt", "checkpoint nowhere.pt: no such file"),
-        ("WRN --checkpoint FOLDER/notes.txt", "notes.txt is truncated or not a checkpoint"),
+        ("WRN --checkpoint FOLDER/notes.txt", "notes.txt is damaged, truncated or not a checkpoint"),
         (
             "--model torchvision/resnet18 --images FOLDER --checkpoint WEIGHTS",
             "does not fit resnet18: 120 missing",

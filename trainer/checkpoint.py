@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import errno
 import hashlib
 import io
 import os
 import shutil
-import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.importers import find_weights, load_state
+from at_fused import _weights
+from models.importers import load_state
 from trainer.config import ConfigError
 
 LATEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -103,21 +100,11 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], Path, str | None] | None:
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, weights only. Missing, damaged or foreign files raise ConfigError."""
     try:
-        # RepDistiller's checkpoints hold their command line beside the weights.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # the unpickler's, of what it then refuses
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load itself skips the checksums
-                folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
-            if damaged or folders:  # a tensor is no folder, of which torch would read nothing
-                raise ValueError(f"{damaged or folders[0]} fails its checksum")
-    except Exception as error:  # zip, pickle and torch each raise their own kinds
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch's, seeking in a truncated file
-            raise ConfigError(f"checkpoint {path}: {error.strerror or error}") from None
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ConfigError(f"checkpoint {path} is damaged, truncated or not a checkpoint ({reason})") from None
+        state = _weights.read(path)
+    except OSError as error:
+        raise ConfigError(f"checkpoint {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ConfigError(f"checkpoint {error}") from None
     if not isinstance(state, dict):
         raise ConfigError(f"checkpoint {path} does not hold a dictionary")
     return state
@@ -145,7 +132,7 @@ def load_weights(model: nn.Module, path: Path, name: str, *, new_classifier: boo
     """
     content = load(path)
     try:
-        load_state(model, _with_own_classifier(find_weights(content), model, new_classifier))
+        load_state(model, _with_own_classifier(_weights.find(content), model, new_classifier))
     except ValueError as error:
         raise ConfigError(f"checkpoint {path} does not fit {name}: {error}") from None
 

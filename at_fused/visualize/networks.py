@@ -6,19 +6,18 @@ a ValueError of one line.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .. import _weights
 from ..taps import close_names
 
 Triple = tuple[float, float, float]
@@ -66,7 +65,10 @@ def load(name: str, weights: str | None) -> Network:
     elif not Path(weights).is_file():
         raise ValueError(f"checkpoint {weights}: no such file")
     else:
-        model = (architecture.read or (lambda path: _read(architecture, path)))(Path(weights))
+        try:
+            model = (architecture.read or (lambda path: _read(architecture, path)))(Path(weights))
+        except OSError as error:
+            raise ValueError(f"checkpoint {weights}: {error.strerror or error}") from None
     for module in model.modules():
         if hasattr(module, "inplace"):
             setattr(module, "inplace", False)  # noqa: B010 (typed so); a recorded output must stay as it was
@@ -192,7 +194,11 @@ def _import(name: str) -> Any:
 
 def _read(architecture: Architecture, path: Path) -> nn.Module:
     """A model with the weights in `path`; the last layer gets as many classes as they have."""
-    state = _state(path)
+    content = _weights.read(path)
+    try:
+        state = _weights.find(content)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} {error}") from None
     model = architecture.create(None)
     own = model.state_dict()
     heads = {
@@ -214,29 +220,6 @@ def _read(architecture: Architecture, path: Path) -> nn.Module:
         raise ValueError(f"checkpoint {path} does not fit {architecture.name}: {'; '.join(listed)}")
     model.load_state_dict(state)
     return model
-
-
-def _state(path: Path) -> dict[str, Tensor]:
-    """The weights in a file, unwrapped from a checkpoint and from wrappers' prefixes."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # beside the weights, in RepDistiller's
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"checkpoint {path}: {error.strerror or error}") from None
-    except Exception:  # zip, pickle and torch each raise their own kinds
-        raise ValueError(
-            f"checkpoint {path} is damaged, truncated or not a checkpoint of weights alone"
-        ) from None
-    for key in ("model", "state_dict") * 2:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = isinstance(content, Mapping) and all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    )
-    if not tensors:
-        raise ValueError(f"checkpoint {path} holds no model weights")
-    # The prefixes of DataParallel and, of the whole or of parts, torch.compile.
-    return {re.sub(r"^(module\.)+", "", k.replace("_orig_mod.", "")): v for k, v in content.items()}
 
 
 def _line(error: Exception) -> str:
