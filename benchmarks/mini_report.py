@@ -15,7 +15,7 @@ import at_fused
 import models
 from at_fused.visualize import attention_grid
 from benchmarks import report
-from benchmarks.mini import Runs
+from benchmarks.mini_plan import Runs
 from benchmarks.paper_plan import LABELS, TABLES, Job
 from trainer import checkpoint, folders
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import mini, mini_report
+from benchmarks import mini, mini_plan, mini_report
 from benchmarks.command_line import exclusive
 from benchmarks.paper_plan import Job
 
@@ -38,7 +38,7 @@ def found(folder: Path) -> list[str]:
 def test_more_than_half_of_the_classes_are_for_pretraining(tmp_path: Path, held_out: str) -> None:
     images = make_images(tmp_path / "images", held_out)
     for _ in range(2):  # links that are there are right
-        pretraining, finetuning = mini.split(images, tmp_path / "out")
+        pretraining, finetuning = mini_plan.split(images, tmp_path / "out")
         assert found(pretraining) == [
             f"{s}/{name}" for s in ("train", "val") for name in ("ant", "bee", "cat")
         ]
@@ -48,14 +48,14 @@ def test_more_than_half_of_the_classes_are_for_pretraining(tmp_path: Path, held_
 
 
 def test_ten_classes_are_six_and_four(tmp_path: Path) -> None:
-    pretraining, finetuning = mini.split(
+    pretraining, finetuning = mini_plan.split(
         make_images(tmp_path / "images", classes=list("abcdefghij")), tmp_path
     )
     assert [len(found(part)) / 2 for part in (pretraining, finetuning)] == [6, 4]
 
 
 def test_weights_come_from_where_they_should(tmp_path: Path) -> None:
-    runs = mini.plan(tmp_path, tmp_path / "first", tmp_path / "second", epochs=2)
+    runs = mini_plan.plan(tmp_path, tmp_path / "first", tmp_path / "second", epochs=2)
     teacher, student = (tmp_path / f"table5/{name}/model.pt" for name in ("teacher", "student"))
     tuned = tmp_path / "table4/teacher/model.pt"
     expected: dict[str, dict[str, tuple[Path | bool, Path | None]]] = {
@@ -84,7 +84,7 @@ def broken(tmp_path: Path, fault: str) -> list[str]:
     if fault == "val has no bee":
         (images / "val/bee").rename(images / "val/wasp")
     if fault == "links to other images":
-        mini.split(make_images(tmp_path / "others"), out / "data")
+        mini_plan.split(make_images(tmp_path / "others"), out / "data")
     if fault == "expected a folder":
         out.write_text("")
     if fault == "No such file":

@@ -1,0 +1,87 @@
+"""The trainings of Tables 4 and 5 in miniature, and their two data sets out of one folder of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.paper_plan import RECIPES, Job, with_epochs
+from trainer.config import ConfigError, load_recipe, make_config
+
+# What Imagenette's folders hold: names for the pictures. Others are called as their folders.
+IMAGENETTE = {
+    "n01440764": "tench",
+    "n02102040": "springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
+FEWEST_CLASSES = 5  # 3 and 2
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The trainings of both tables by their column, the teacher first; Table 4's start from Table 5's."""
+
+    table5: dict[str, Job]
+    table4: dict[str, Job]
+
+
+def split(data_dir: Path, out: Path) -> tuple[Path, Path]:
+    """Two data sets, as folders of links: the first classes of `data_dir` to pre-train on, the others to
+    fine-tune on. Their numbers differ, so that the last layer has to be left out.
+
+    Raises:
+        ConfigError: `data_dir` is not what is expected, or `out` holds the links of another.
+    """
+    held_out = next((name for name in ("val", "test") if (data_dir / name).is_dir()), "val")
+    try:
+        names = sorted(path.name for path in (data_dir / "train").iterdir() if path.is_dir())
+        missing = [name for name in names if not (data_dir / held_out / name).is_dir()]
+    except OSError as error:
+        raise ConfigError(f"data-dir {data_dir}: train: {error.strerror}") from None
+    if missing or len(names) < FEWEST_CLASSES:
+        fault = f"{held_out} has no {missing[0]}" if missing else f"{len(names)} classes"
+        raise ConfigError(
+            f"data-dir {data_dir}: expected the folders train and val (or test), each with the same "
+            f"{FEWEST_CLASSES} or more folders of images ({fault})"
+        )
+    parts = out / "pretraining", out / "finetuning"
+    for number, name in enumerate(names):
+        part = parts[number > len(names) // 2]
+        for source, target in (("train", "train"), (held_out, "val")):
+            link = part / target / IMAGENETTE.get(name, name)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.exists():
+                link.symlink_to(data_dir / source / name)
+            elif not link.samefile(data_dir / source / name):
+                raise ConfigError(f"{out} links to other images than data-dir {data_dir}: choose another out")
+    return parts
+
+
+def plan(out: Path, pretraining: Path, finetuning: Path, epochs: int | None = None) -> Runs:
+    """The trainings, in the recipes' epochs or `epochs`."""
+
+    def job(recipe: str, data: Path, pretrained: Job | None = None, teacher: Job | None = None) -> Job:
+        own = load_recipe(RECIPES / "mini" / f"{recipe}.yaml")
+        if epochs is not None:
+            own = with_epochs(own, epochs)
+        own |= {"data-dir": str(data), "output-dir": str(out / recipe), "threads": 1}
+        for key, source in (("pretrained", pretrained), ("teacher-checkpoint", teacher)):
+            if source:
+                own[key] = str(source.folder / "model.pt")
+        return Job(recipe, make_config(own), teacher or pretrained)
+
+    teacher, student = (job(f"table5/{name}", pretraining) for name in ("teacher", "student"))
+    table5 = {"teacher": teacher, "student": student}
+    table5["at"] = job("table5/at", pretraining, teacher=teacher)
+    tuned = job("table4/teacher", finetuning, pretrained=teacher)
+    table4 = {"teacher": tuned, "student": job("table4/student", finetuning, pretrained=student)}
+    for name in ("kd", "at"):
+        table4[name] = job(f"table4/{name}", finetuning, pretrained=student, teacher=tuned)
+    return Runs(table5, table4)
