@@ -17,7 +17,8 @@ from at_fused.visualize import attention_grid
 from benchmarks import report
 from benchmarks.mini_plan import Runs
 from benchmarks.paper_plan import LABELS, TABLES, Job
-from trainer import checkpoint, folders
+from trainer import checkpoint
+from trainer.data import folders
 
 LAYERS = ["layer3", "layer4"]  # whose maps both tables compare
 FILES = ("mini.md", "maps-table5.png", "maps-table4.png")

@@ -20,8 +20,8 @@ from benchmarks.report import Row, Table
 from models import TappedModel
 from trainer import distributed, engine
 from trainer.config import Config, make_config
-from trainer.data import ImageSet
-from trainer.sampling import stratified
+from trainer.data.in_memory import ImageSet
+from trainer.data.sampling import stratified
 
 CPU = torch.device("cpu")
 FOLDER = "imagefolder"

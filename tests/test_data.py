@@ -10,6 +10,7 @@ import torch
 
 from trainer import data
 from trainer.config import Config, ConfigError, make_config
+from trainer.data import in_memory
 from trainer.distributed import Ranks
 
 CPU = torch.device("cpu")
@@ -22,11 +23,11 @@ def digits(**keys: object) -> Config:
 
 def fake_set(
     size: int = 50, pad: int = 4, flip: bool = True, height: int = 32, width: int = 32
-) -> data.ImageSet:
+) -> in_memory.ImageSet:
     draw = torch.Generator().manual_seed(1)
     images = torch.randint(256, (size, height, width, 3), dtype=torch.uint8, generator=draw)
-    split = data.Split(images, torch.arange(size) % 10)
-    return data.ImageSet(
+    split = in_memory.Split(images, torch.arange(size) % 10)
+    return in_memory.ImageSet(
         split, split, 10, torch.tensor([125.3, 123.0, 113.9]), torch.tensor([63.0, 62.1, 66.7]), pad, flip
     )
 
@@ -36,8 +37,8 @@ def fake_set(
 )
 def test_augmentation_is_pad_crop_flip_of_each_image(pad: int, flip: bool, height: int, width: int) -> None:
     dataset = fake_set(pad=pad, flip=flip, height=height, width=width)
-    plan = data.plan_epoch(dataset, seed=3, epoch=2)
-    images, labels = data.training_batch(dataset, plan, slice(7, 31))
+    plan = in_memory.plan_epoch(dataset, seed=3, epoch=2)
+    images, labels = in_memory.training_batch(dataset, plan, slice(7, 31))
     assert images.shape == (24, 3, height, width)
     for place in range(7, 31):
         source = int(plan.order[place])
@@ -54,7 +55,7 @@ def test_augmentation_is_pad_crop_flip_of_each_image(pad: int, flip: bool, heigh
 
 def test_epoch_plan_is_a_permutation_with_uniform_crops_and_flips() -> None:
     dataset = fake_set(size=18_000, height=1, width=1)
-    plan = data.plan_epoch(dataset, seed=0, epoch=0)
+    plan = in_memory.plan_epoch(dataset, seed=0, epoch=0)
     assert torch.equal(plan.order.sort().values, torch.arange(18_000))
     for offsets in (plan.down, plan.right):
         counts = torch.bincount(offsets, minlength=9)
@@ -66,20 +67,20 @@ def test_epoch_plan_is_a_permutation_with_uniform_crops_and_flips() -> None:
 
 def test_plans_depend_on_seed_and_epoch_alone() -> None:
     dataset = fake_set()
-    first = data.plan_epoch(dataset, seed=1, epoch=4)
+    first = in_memory.plan_epoch(dataset, seed=1, epoch=4)
     torch.randn(3)  # the global generator plays no part
-    again = data.plan_epoch(dataset, seed=1, epoch=4)
+    again = in_memory.plan_epoch(dataset, seed=1, epoch=4)
     for name in ("order", "down", "right", "flip"):
         assert torch.equal(getattr(first, name), getattr(again, name))
     for seed, epoch in ((1, 5), (2, 4), (4, 1)):
-        assert not torch.equal(first.order, data.plan_epoch(dataset, seed, epoch).order)
+        assert not torch.equal(first.order, in_memory.plan_epoch(dataset, seed, epoch).order)
 
 
 def test_batches_are_channels_last_and_evaluation_is_not_augmented() -> None:
     dataset = fake_set()
-    images, _ = data.training_batch(dataset, data.plan_epoch(dataset, 0, 0), slice(0, 8))
+    images, _ = in_memory.training_batch(dataset, in_memory.plan_epoch(dataset, 0, 0), slice(0, 8))
     assert images.is_contiguous(memory_format=torch.channels_last)
-    plain, labels = data.evaluation_batch(dataset, slice(3, 5))
+    plain, labels = in_memory.evaluation_batch(dataset, slice(3, 5))
     expected = (
         dataset.test.images[3:5].permute(0, 3, 1, 2).float() - dataset.mean[:, None, None]
     ) / dataset.std[:, None, None]
@@ -154,10 +155,10 @@ def test_cifar_is_held_without_strides(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Cifar)
     config = make_config({"dataset": "cifar10", "student": "wrn-10-1", "data-dir": str(tmp_path)})
-    dataset = data.load_whole(config, CPU)
+    dataset = in_memory.load(config, CPU)
     assert dataset.train.images.is_contiguous()
     assert dataset.test.images.is_contiguous()
     assert dataset.train.images.numpy().tobytes() == stored.transpose(0, 2, 3, 1).tobytes()
     chosen = torch.arange(2)
     with pytest.raises(RuntimeError, match="view"):
-        data.augment(torch.from_numpy(Cifar.data), chosen, chosen, chosen, chosen.bool(), 4)
+        in_memory.augment(torch.from_numpy(Cifar.data), chosen, chosen, chosen, chosen.bool(), 4)

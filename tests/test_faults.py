@@ -22,8 +22,9 @@ from test_trainer import ROOT, SMALL, flags, metrics
 from torch.utils.tensorboard import SummaryWriter
 
 import train
-from trainer import checkpoint, data, distributed, engine
+from trainer import checkpoint, distributed, engine
 from trainer.config import ConfigError, RankError
+from trainer.data import in_memory
 
 KEYS = {**SMALL, "device": "cpu", "epochs": 2, "checkpoint-every": 1}  # 8 steps
 
@@ -380,7 +381,7 @@ def test_a_signal_to_the_whole_group_stops_the_run_alone(tmp_path: Path) -> None
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """One pixel of the batches of these steps (counted from 1) is NaN."""
     taken = iter(range(1, 999))
-    clean = data.training_batch
+    clean = in_memory.training_batch
 
     def batch(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = clean(*arguments)
@@ -388,7 +389,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
             images[0, 0, 0, 0] = torch.nan
         return images, labels
 
-    monkeypatch.setattr(data, "training_batch", batch)
+    monkeypatch.setattr(in_memory, "training_batch", batch)
 
 
 def test_a_step_that_is_not_finite_ends_the_run(
@@ -437,7 +438,7 @@ def test_out_of_memory(
     def full(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
 
-    monkeypatch.setattr(data, "training_batch", full)
+    monkeypatch.setattr(in_memory, "training_batch", full)
     assert run(tmp_path / "run", accumulate=2) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1

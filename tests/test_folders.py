@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer import folders
 from trainer.config import Config, ConfigError, make_config
+from trainer.data import folders
 
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "cat")

@@ -18,6 +18,7 @@ import models
 import train
 from trainer import data, engine
 from trainer.config import make_config
+from trainer.data import in_memory
 from trainer.distributed import Ranks
 
 METHODS = ("hints", "grad-at", "symmetry", "min-l2")
@@ -101,12 +102,12 @@ def test_training_step_against_a_plain_loop(method: str, teacher: Path, tmp_path
 
     totals = []
     for epoch in range(2):
-        plan = data.plan_epoch(ours.dataset, 0, epoch)  # type: ignore[arg-type]
+        plan = in_memory.plan_epoch(ours.dataset, 0, epoch)  # type: ignore[arg-type]
         totals.append(0.0)
         plain.train()
         for i in range(4):
             part = slice(64 * i, min(64 * i + 64, 200))
-            x, y = data.training_batch(ours.dataset, plan, part)  # type: ignore[arg-type]
+            x, y = in_memory.training_batch(ours.dataset, plan, part)  # type: ignore[arg-type]
             ce, term = term_by_hand(method, plain, guide, hints, x.contiguous(), y)
             loss = ce + 3 * (1 - (4 * epoch + i) / 8) * term
             optimizer.zero_grad()

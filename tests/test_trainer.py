@@ -25,6 +25,7 @@ import models
 import train
 from trainer import checkpoint, data, distributed, engine
 from trainer.config import ConfigError, make_config
+from trainer.data import in_memory
 from trainer.distributed import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,11 +222,11 @@ def test_training_step_against_a_plain_loop(method: str, teacher: Path, tmp_path
 
     totals = []
     for epoch in range(2):
-        plan = data.plan_epoch(ours.dataset, 0, epoch)
+        plan = in_memory.plan_epoch(ours.dataset, 0, epoch)
         total = 0.0
         plain.train()
         for i in range(4):
-            x, y = data.training_batch(ours.dataset, plan, slice(64 * i, min(64 * i + 64, 200)))
+            x, y = in_memory.training_batch(ours.dataset, plan, slice(64 * i, min(64 * i + 64, 200)))
             x = x.contiguous()
             logits, s_feats = groups(plain, x)
             with torch.no_grad():

@@ -181,8 +181,9 @@ def test_test_images_of_a_data_set(drawing: Any, capsys: pytest.CaptureFixture[s
 
 
 def test_the_statistics_are_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer import data, folders
+    from trainer import data
     from trainer.config import make_config
+    from trainer.data import folders
 
     class Empty:
         base_folder, train_list, test_list = "cifar", [], []

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import models
-from trainer import checkpoint, data, folders
+from trainer import checkpoint
 from trainer.config import Config, ConfigError
+from trainer.data import LabelledImages
 from trainer.distributed import Ranks
 from trainer.objectives import Tapped, add_hints, tap_names
 
@@ -24,7 +25,7 @@ class Networks(NamedTuple):
     teacher: Tapped | None
 
 
-def networks(config: Config, dataset: data.ImageSet | folders.FileSet, ranks: Ranks) -> Networks:
+def networks(config: Config, dataset: LabelledImages, ranks: Ranks) -> Networks:
     """The networks that `config` names, for the images of `dataset`, tapped where its method compares them.
 
     Raises:

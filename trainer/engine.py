@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer import build, checkpoint, data, distributed, folders, lock, reporting, resume, schedules
+from trainer import build, checkpoint, data, distributed, lock, reporting, resume, schedules
 from trainer.config import Config, ConfigError
+from trainer.data.dataset import too_many
 from trainer.distributed import Ranks
 from trainer.objectives import Objective, describe
 from trainer.state import TrainState
@@ -353,7 +354,7 @@ class Run:
         """ConfigError on every rank where all together could not read more images than may be."""
         paths = {path for paths in self.ranks.gather(self.dataset.unreadable) for path in paths}
         if len(paths) > self.config.max_unreadable:
-            raise ConfigError(folders.too_many(paths, self.config.max_unreadable))
+            raise ConfigError(too_many(paths, self.config.max_unreadable))
 
     def _autocast(self) -> torch.autocast:
         dtype = AMP_DTYPES.get(self.config.amp)

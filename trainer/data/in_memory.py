@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from trainer.config import Config, ConfigError
-from trainer.sampling import generator, stratified
-
-if TYPE_CHECKING:
-    from trainer.folders import FileSet
+from trainer.data.dataset import Batch, LabelledImages, check_limits, normalise
+from trainer.data.sampling import generator, stratified
 
 
 @dataclass(frozen=True)
@@ -43,39 +40,25 @@ class Split:
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class ImageSet(LabelledImages):
     """A data set and how it is augmented: pixels of reflected padding for random crops, and random flips."""
 
     train: Split
     test: Split
     classes: int
-    mean: Tensor  # (3,) in units of the uint8 pixels
+    mean: Tensor
     std: Tensor
     pad: int
     flip: bool
 
-    @property
-    def unreadable(self) -> list[str]:
-        """None of what is held in memory: see `folders.FileSet`."""
-        return []
-
-    def identity(self) -> dict[str, Any]:
-        """What a run's data set must have in common with that of its continuation."""
-        return identity(self)
-
     def example(self) -> Tensor:
-        """An image (1, 3, H, W), as batches have them."""
         return evaluation_batch(self, slice(0, 1))[0]
 
-    def training_batches(
-        self, seed: int, epoch: int, parts: Iterable[slice]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (n, 3, H, W) fp32, in channels-last memory, and labels (n,), at `parts` of the epoch."""
+    def training_batches(self, seed: int, epoch: int, parts: Iterable[slice]) -> Iterator[Batch]:
         plan = plan_epoch(self, seed, epoch)
         return (training_batch(self, plan, part) for part in parts)
 
-    def evaluation_batches(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `training_batches`, of the test images `parts`, without augmentation."""
+    def evaluation_batches(self, parts: Iterable[slice]) -> Iterator[Batch]:
         return (evaluation_batch(self, part) for part in parts)
 
 
@@ -89,17 +72,8 @@ class EpochPlan:
     flip: Tensor
 
 
-def load(config: Config, device: torch.device) -> ImageSet | FileSet:
-    """The data set of `config`. Missing or damaged files: ConfigError naming what is expected."""
-    if config.dataset in ("imagefolder", "cub"):
-        from trainer import folders  # torchvision takes seconds to import: only those who ask for it pay
-
-        return folders.load(config, device)
-    return load_whole(config, device)
-
-
-def load_whole(config: Config, device: torch.device) -> ImageSet:
-    """As `load`, of a set that is held in memory."""
+def load(config: Config, device: torch.device) -> ImageSet:
+    """CIFAR or the digits. Missing or damaged files: ConfigError naming what is expected."""
     train, test, classes, mean, std = _load_digits() if config.dataset == "digits" else _load_cifar(config)
     check_limits(config, len(train), len(test))
     pad, flip = {"digits": (2, False)}.get(config.dataset, (4, True))
@@ -114,18 +88,6 @@ def load_whole(config: Config, device: torch.device) -> ImageSet:
     )
 
 
-def identity(dataset: ImageSet | FileSet) -> dict[str, Any]:
-    """Numbers of images and classes."""
-    return {"train": len(dataset.train), "test": len(dataset.test), "classes": dataset.classes}
-
-
-def check_limits(config: Config, train: int, test: int) -> None:
-    """ConfigError where limit-train or limit-test ask for more images than there are."""
-    for key, limit, size in (("train", config.limit_train, train), ("test", config.limit_test, test)):
-        if limit is not None and limit > size:
-            raise ConfigError(f"limit-{key} {limit} is more than the {size} images of {config.dataset}")
-
-
 def plan_epoch(dataset: ImageSet, seed: int, epoch: int) -> EpochPlan:
     """Draw the order and the augmentation of one epoch."""
     images = dataset.train.images
@@ -137,8 +99,8 @@ def plan_epoch(dataset: ImageSet, seed: int, epoch: int) -> EpochPlan:
     return EpochPlan(*(t.to(images.device) for t in (order, down, right, flip)))
 
 
-def training_batch(dataset: ImageSet, plan: EpochPlan, part: slice) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, H, W) fp32, in channels-last memory, and labels (n,), at places `part` of the epoch."""
+def training_batch(dataset: ImageSet, plan: EpochPlan, part: slice) -> Batch:
+    """The augmented images at places `part` of the epoch."""
     chosen = plan.order[part]
     images = augment(
         dataset.train.images, chosen, plan.down[part], plan.right[part], plan.flip[part], dataset.pad
@@ -146,8 +108,8 @@ def training_batch(dataset: ImageSet, plan: EpochPlan, part: slice) -> tuple[Ten
     return normalise(images, dataset.mean, dataset.std), dataset.train.labels[chosen]
 
 
-def evaluation_batch(dataset: ImageSet, part: slice) -> tuple[Tensor, Tensor]:
-    """As `training_batch`, of the test images `part`, without augmentation."""
+def evaluation_batch(dataset: ImageSet, part: slice) -> Batch:
+    """The test images `part`."""
     return normalise(dataset.test.images[part], dataset.mean, dataset.std), dataset.test.labels[part]
 
 
@@ -166,13 +128,6 @@ def augment(images: Tensor, chosen: Tensor, down: Tensor, right: Tensor, flip: T
     # index_select takes whole pixels: on a CPU a fifth of the time of indexing by three tensors
     flat = images.view(-1, images.shape[3])  # flatten would copy a strided set, whole, for every batch
     return flat.index_select(0, pixels.flatten()).view(*pixels.shape, images.shape[3])
-
-
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(n, H, W, C) uint8 to (n, C, H, W) in channels-last memory: (x - mean) / std per channel."""
-    width = images.shape[2]
-    rows = images.flatten(2).to(mean.dtype)  # long: loops over only three channels are slow on a CPU
-    return rows.sub_(mean.repeat(width)).div_(std.repeat(width)).view(images.shape).permute(0, 3, 1, 2)
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:

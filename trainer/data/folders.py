@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -25,38 +25,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from at_fused.visualize.images import to_rgb
 from models import torchvision_compat  # noqa: F401  (before torchvision)
-from trainer import data
-from trainer.config import Config, ConfigError, RankError
-from trainer.sampling import generator, stratified
+from trainer.config import Config, RankError
+from trainer.data.dataset import Batch, LabelledImages, check_limits, normalise, too_many
+from trainer.data.files import Files, read_cub, read_folders
+from trainer.data.sampling import generator
 
 # isort: split
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, in units of the uint8 pixels
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 Key = tuple[int, int]  # index of an image, seed of its augmentation
 Fault = tuple[int, str]  # index of an image that can't be read, and why
-
-
-@dataclass(frozen=True)
-class Files:
-    """Paths of images, their labels (N,) int64, and the boxes to cut out of them, where there are any."""
-
-    paths: list[str]
-    labels: Tensor
-    boxes: list[Box] | None = None
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def subset(self, limit: int | None, seed: int) -> Files:
-        if limit is None:
-            return self
-        chosen = stratified(self.labels, limit, seed)
-        boxes = None if self.boxes is None else [self.boxes[i] for i in chosen]
-        return Files([self.paths[i] for i in chosen], self.labels[chosen], boxes)
 
 
 @dataclass(frozen=True)
@@ -105,8 +85,11 @@ class ImageFiles(Dataset[Sample]):
         return torch.from_numpy(np.array(image))
 
 
-class FileSet:
-    """A data set of image files: the same face as `data.ImageSet`, for the engine."""
+class FileSet(LabelledImages):
+    """A data set of image files."""
+
+    train: Files
+    test: Files
 
     def __init__(self, config: Config, device: torch.device, train: Files, test: Files, classes: int) -> None:
         self.train, self.test, self.classes = train, test, classes
@@ -120,44 +103,37 @@ class FileSet:
 
     @property
     def unreadable(self) -> list[str]:
-        """Paths of the images that this process could not read so far."""
         return list(self._faults.seen)
 
     def identity(self) -> dict[str, Any]:
-        """As `data.ImageSet.identity`, and a digest of all paths in the data folder, and their labels."""
+        """With a digest of all paths in the data folder, and their labels."""
         digest = hashlib.blake2b(digest_size=16)
         for files in (self.train, self.test):
             for path, label in zip(files.paths, files.labels.tolist(), strict=True):
                 digest.update(f"{path.removeprefix(self.root)}\0{label}\n".encode(errors="surrogateescape"))
-        return data.identity(self) | {"files": digest.hexdigest()}
+        return super().identity() | {"files": digest.hexdigest()}
 
     def example(self) -> Tensor:
         """A blank image (1, 3, H, W) of the size that batches have."""
         return torch.zeros(1, 3, self.size, self.size, device=self.device)
 
-    def training_batches(
-        self, seed: int, epoch: int, parts: Iterable[slice]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (n, 3, H, W) fp32, in channels-last memory, and labels (n,), at `parts` of the epoch."""
+    def training_batches(self, seed: int, epoch: int, parts: Iterable[slice]) -> Iterator[Batch]:
         draw = generator(seed, epoch)
         order = torch.randperm(len(self.train), generator=draw).tolist()
         seeds = torch.randint(2**62, (len(self.train),), generator=draw).tolist()
         keys = [list(zip(order[part], seeds[part], strict=True)) for part in parts]
         return self._batches(self._train, self.train, keys)
 
-    def evaluation_batches(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `training_batches`, of the test images `parts`, without augmentation."""
+    def evaluation_batches(self, parts: Iterable[slice]) -> Iterator[Batch]:
         keys = [[(index, 0) for index in range(part.start, part.stop)] for part in parts]
         return self._batches(self._test, self.test, keys)
 
-    def _batches(
-        self, loader: _Loader, files: Files, keys: list[list[Key]]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, loader: _Loader, files: Files, keys: list[list[Key]]) -> Iterator[Batch]:
         for images, labels, faults in loader.batches(keys):
             self._faults.report(faults, files)
             if len(labels):
                 images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
-                yield data.normalise(images, self.mean, self.std), labels
+                yield normalise(images, self.mean, self.std), labels
 
 
 class Faults:
@@ -183,10 +159,6 @@ class Faults:
         if faults and all(path in self.seen for path in files.paths):
             path, reason = next(iter(self.seen.items()))
             raise RankError(f"no image of a split can be read, such as {path} ({reason})")
-
-
-def too_many(unreadable: Collection[str], limit: int) -> str:
-    return f"{len(unreadable)} images can't be read, such as {min(unreadable)}; max-unreadable is {limit}"
 
 
 class _Loader:
@@ -254,81 +226,8 @@ def transforms(config: Config) -> tuple[Callable, Callable]:
 def load(config: Config, device: torch.device) -> FileSet:
     """The data set of `config`. Missing or inconsistent folders: ConfigError naming what is expected."""
     root = Path(str(config.data_dir))
-    train, test, classes = (_read_cub if config.dataset == "cub" else _read_folders)(root)
-    data.check_limits(config, len(train), len(test))
+    train, test, classes = (read_cub if config.dataset == "cub" else read_folders)(root)
+    check_limits(config, len(train), len(test))
     train = train.subset(config.limit_train, config.seed)
     test = test.subset(config.limit_test, 0)
     return FileSet(config, device, train, test, classes)
-
-
-def _read_folders(root: Path) -> tuple[Files, Files, int]:
-    """root/train/CLASS/*.jpg and root/val/CLASS/*.jpg (or test/)."""
-    held_out = next((name for name in ("val", "test") if (root / name).is_dir()), "val")
-    splits = []
-    for name in ("train", held_out):
-        try:
-            splits.append(ImageFolder(root / name))
-        except OSError as error:
-            reason = str(error).split(" Supported extensions")[0]
-            raise ConfigError(
-                f"data-dir {root}: expected the folders train and val (or test), with a folder of images for "
-                f"each class ({reason})"
-            ) from None
-    train, test = splits
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise ConfigError(f"data-dir {root}: train and {held_out} differ in their classes, such as {odd[0]}")
-    files = [Files([path for path, _ in split.samples], torch.tensor(split.targets)) for split in splits]
-    return files[0], files[1], len(train.classes)
-
-
-def _read_cub(root: Path) -> tuple[Files, Files, int]:
-    """CUB-200-2011's own text files: a line per image, its number first."""
-    root = root / "CUB_200_2011" if (root / "CUB_200_2011").is_dir() else root
-    names = _read_table(root / "images.txt", str)
-    labels = _read_table(root / "image_class_labels.txt", int)
-    trains = _read_table(root / "train_test_split.txt", int)
-    boxes = _read_table(root / "bounding_boxes.txt", float)
-    for number in names:
-        columns = (names, 1), (labels, 1), (trains, 1), (boxes, 4)
-        if any(len(table.get(number, ())) != width for table, width in columns):
-            raise ConfigError(f"data-dir {root}: image {number} has no name, label, split or bounding box")
-        if labels[number][0] < 1:
-            raise ConfigError(
-                f"data-dir {root}: image {number}: labels begin with 1, got {labels[number][0]}"
-            )
-    files = []
-    for train in (1, 0):
-        numbers = [number for number in names if trains[number] == [train]]
-        if not numbers:
-            raise ConfigError(f"data-dir {root}: train_test_split.txt marks no image with {train}")
-        files.append(
-            Files(
-                [str(root / "images" / names[number][0]) for number in numbers],
-                torch.tensor([labels[number][0] - 1 for number in numbers]),
-                [_box(*boxes[number]) for number in numbers],
-            )
-        )
-    return files[0], files[1], max(labels[number][0] for number in names)
-
-
-def _box(left: float, top: float, width: float, height: float) -> Box:
-    return left, top, left + width, top + height
-
-
-def _read_table(path: Path, kind: Callable) -> dict[int, list]:
-    """The values of each line after its number."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"data-dir {path.parent}: {path.name}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"data-dir {path.parent}: {path.name} is not UTF-8") from None
-    table = {}
-    for place, line in enumerate(lines, 1):
-        try:
-            number, *values = line.split()
-            table[int(number)] = [kind(value) for value in values]
-        except ValueError:
-            raise ConfigError(f"{path}, line {place}: cannot be understood: {line[:60]!r}") from None
-    return table
