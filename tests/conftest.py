@@ -15,6 +15,8 @@ import at_fused
 with suppress(ImportError):  # a run of the library alone
     from models import torchvision_compat  # noqa: F401  (before torchvision: xdist unpickles its users' warnings)
 
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # on a GPU, too, fp32 is compared as fp32
+
 if "cuda" in at_fused.available_backends():
     partial.install()
     pytest_runtest_call = partial.pytest_runtest_call

@@ -430,7 +430,7 @@ def check_refusal(code: int, capsys: pytest.CaptureFixture[str], *words: str) ->
             ["/nowhere.pt", "No such"],
         ),
         ({"freeze": "group9"}, ["freeze", "group9"]),
-        ({"sync_bn": "true"}, ["sync-bn"]),
+        ({"sync_bn": "true", "device": "cpu"}, ["sync-bn"]),
         ({"resume": "/nowhere.pt"}, ["/nowhere.pt"]),
         ({"limit_test": 9999}, ["limit-test 9999"]),
         ({"freeze": "conv,group1,group2,group3,bn,fc"}, ["no parameter"]),

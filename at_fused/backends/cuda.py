@@ -74,8 +74,8 @@ _known_limits: dict[int, tuple[str, int]] = {}
 
 
 def mark_constant() -> None:
-    """Let Dynamo take `_limits` as it is; not where it is defined, as that imports all of Dynamo."""
-    torch.compiler.assume_constant_result(_limits)
+    """Let Dynamo take `_limits` as it is, as torch.compiler would, which imports all of Dynamo for it."""
+    _limits._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _limits(device: int) -> tuple[str, int]:

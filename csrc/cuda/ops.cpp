@@ -30,7 +30,7 @@ struct OnDevice {
   explicit OnDevice(const Tensor& tensor) : guard(tensor.get_device_index()) {
     check(query(device));
     void* handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &handle));
     stream = static_cast<cudaStream_t>(handle);
   }
 
