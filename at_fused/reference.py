@@ -14,17 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._tracing import constant
+
 EPS = 1e-12  # smallest norm that is divided by; compared in fp32 or fp64, as fp16 holds 0 in its place
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
-# Asked once: torch 2.11's Dynamo can't trace the question.
-KNOW_AUTOCAST = frozenset(
-    kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind)
-)
+
+
+@constant
+def knows_autocast(device_type: str) -> bool:
+    """Whether there is autocast on such devices, which torch 2.11's Dynamo can't trace."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Computes in the dtypes of its inputs, also on devices that know no autocast ("meta")."""
-    if device_type in KNOW_AUTOCAST:
+    if knows_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

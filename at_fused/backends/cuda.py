@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._outputs import empty_loss_outputs, empty_map
+from .._tracing import constant
 from ._library import load
 
 _LIBRARY = Path(__file__).parent.parent / "_cuda.so"
@@ -24,10 +25,7 @@ def unavailable() -> str | None:
         return "it serves CUDA devices, not ROCm"
     if not _LIBRARY.exists():
         return "its library was not built (install at_fused where a CUDA build of torch and nvcc are present)"
-    if problem := load(_LIBRARY):
-        return problem
-    mark_constant()
-    return None
+    return load(_LIBRARY)
 
 
 def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:
@@ -73,11 +71,7 @@ def rows_are_contiguous(feat: Tensor) -> bool:
 _known_limits: dict[int, tuple[str, int]] = {}
 
 
-def mark_constant() -> None:
-    """Let Dynamo take `_limits` as it is, as torch.compiler would, which imports all of Dynamo for it."""
-    _limits._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
+@constant
 def _limits(device: int) -> tuple[str, int]:
     """Why the library can't run on the device, or "", and the positions of its largest map."""
     if device not in _known_limits:  # not functools.cache, which Dynamo looks through

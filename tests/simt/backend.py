@@ -69,7 +69,6 @@ def installed() -> Iterator[None]:
         mock.patch.object(cuda, "_last_was_one", torch.ones(1, dtype=torch.int32)),  # not pinned
         mock.patch.object(cuda, "_l2_bytes"),
     ):
-        cuda.mark_constant()
         set_device()
         set_order(0)
         yield
