@@ -40,6 +40,15 @@ def read(path: str | Path) -> Any:
     return content
 
 
+def load(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a file; what `read` and `find` raise names the file."""
+    content = read(path)
+    try:
+        return find(content)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+
+
 def find(content: Any) -> dict[str, Tensor]:
     """The weights in what a file holds: unwrapped from a checkpoint, without the prefixes of wrappers.
 

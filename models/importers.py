@@ -65,9 +65,8 @@ def load_pretrained(path: str | Path, name: str | None = None) -> TappedModel:
     """
     from models import create
 
-    content = _weights.read(path)
+    state = _weights.load(path)
     try:
-        state = _weights.find(content)
         model = create(name or _name(state), **_ends(state))
         load_state(model, state)
     except ValueError as error:

@@ -82,9 +82,9 @@ def _draw_maps(
     # All networks' maps of this image and group, those of other rows too: they share a scale.
     cells = {key: _enlarged(groups[group][row.image], picture.shape[:2]) for key, groups in maps.items()}
     largest = max(cell.max() for cell in cells.values())
-    captioned = set()
     for place, key in enumerate(row.keys):
         name, exponent = key
+        first = place == 0 or row.keys[place - 1][0] != name  # of its network
         axes = page.axes(layout.column(group, place), top, CELL, layout.height)
         if style.overlay:
             axes.imshow(_grey(picture), cmap="gray", vmin=0, vmax=1)
@@ -95,10 +95,9 @@ def _draw_maps(
             vmax=1,
             alpha=_OPACITY if style.overlay else None,
         )
-        if group == 0 and place == 0 and name in texts.names:
+        if group == 0 and first and name in texts.names:
             _write_left(axes, texts.names[name], **(_ACROSS if layout.flat else {"labelpad": 2}))
-        if group == 0 and name in texts.captions and name not in captioned:
-            captioned.add(name)
+        if group == 0 and first and name in texts.captions:
             axes.set_title(texts.captions[name][row.image], fontsize=_SMALL, pad=2, parse_math=False)
         if style.compare_to not in (None, name):
             reference = maps[str(style.compare_to), exponent][group][row.image]

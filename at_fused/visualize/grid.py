@@ -107,7 +107,7 @@ def attention_grid(
         titles=[f"p = {exponent:g}" for exponent in exponents] if several else list(networks),
         labels=labels or (),
         names={name: name for name in networks} if several else {},
-        captions={name: list(captions[name]) for name in captions},
+        captions=captions,
     )
     layout = Layout(height / width, len(rows), texts, compared=compare_to is not None)
     return draw(pictures, rows, maps, layout, Style(compare_to, scale, overlay, colours))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .page import LINE, lines, wrapped
@@ -24,7 +24,7 @@ class Texts:
     titles: Sequence[str]  # of a group's columns
     labels: Sequence[str]  # of the images, if any
     names: dict[str, str]  # of the networks, where each has rows of its own
-    captions: dict[str, list[str]]  # of the images, by network
+    captions: Mapping[str, Sequence[str]]  # of the images, by network
 
 
 class Layout:

@@ -194,11 +194,10 @@ def _import(name: str) -> Any:
 
 def _read(architecture: Architecture, path: Path) -> nn.Module:
     """A model with the weights in `path`; the last layer gets as many classes as they have."""
-    content = _weights.read(path)
     try:
-        state = _weights.find(content)
+        state = _weights.load(path)
     except ValueError as error:
-        raise ValueError(f"checkpoint {path} {error}") from None
+        raise ValueError(f"checkpoint {error}") from None
     model = architecture.create(None)
     own = model.state_dict()
     heads = {
