@@ -245,7 +245,9 @@ def summarize(results: Path, device_type: str, states: dict[str, str]) -> None:
     rows: list[Row] = []
     for path in sorted((results / "pieces").glob(f"*/loss-{device_type}.json")):
         if states.get(path.parent.name, "").startswith("done"):
-            rows += json.loads(path.read_text())["rows"]
+            measured = json.loads(path.read_text())
+            rows += measured["rows"]
+            machine = measured["machine"]  # its backends are those that were built since this process began
     if rows:
         write_loss(results, device_type, machine, rows)
         draw_loss(results, device_type, rows)

@@ -149,6 +149,7 @@ def contenders(
     with tempfile.TemporaryDirectory() as scratch:
         config = case.config(data_dir, Path(scratch), device)
         with distributed.ranks(config) as ranks, closing(distributed.StopRequest(ranks)) as stop:
+            engine.set_up_torch(config, ranks)
             run = Epochs(config, ranks)
             run.last_step = case.steps
             run.reporter.console.quiet = True

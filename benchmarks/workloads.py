@@ -61,7 +61,7 @@ class Cell:
     @property
     def loss_scale(self) -> float:
         """Upstream gradient: 1, or in fp16, where gradients underflow, the factor of a GradScaler."""
-        return 2.0**15 if self.dtype == "fp16" else 1.0
+        return 2.0**22 if self.dtype == "fp16" else 1.0
 
     def bytes_moved(self, mode: str = "both", one_pass: bool = False) -> int:
         """The least that must move between memory and chip, S and T being the two sides' activations.

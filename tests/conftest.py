@@ -16,6 +16,7 @@ with suppress(ImportError):  # a run of the library alone
     from models import torchvision_compat  # noqa: F401  (before torchvision: xdist unpickles its users' warnings)
 
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # on a GPU, too, fp32 is compared as fp32
+torch.backends.cudnn.deterministic = True  # and what is computed twice has the same bits
 
 if "cuda" in at_fused.available_backends():
     partial.install()

@@ -118,14 +118,19 @@ def test_compiled_whole_for_any_batch() -> None:
         torch.testing.assert_close(compiled(s, t), hints(s, t))
 
 
-def test_under_autocast() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_under_autocast(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     hints = at_fused.FeatureHints(4, 6)
-    s, t = feature(2, 4, 3, 3), feature(2, 6, 3, 3, seed=1).detach()
+    s, t = feature(2, 4, 3, 3, dtype=dtype), feature(2, 6, 3, 3, seed=1).detach()
     with torch.autocast("cpu", torch.bfloat16):
         loss = hints(s, t)
-    assert loss.dtype == torch.float32
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    loss.backward()
+    assert s.grad is not None
+    assert s.grad.isfinite().all()
     assert loss.item() == pytest.approx(hints(s, t).item(), rel=0.02)
+    assert loss.item() != hints(s, t).item()  # the regressor computed in bf16
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ class Config(BaseModel):
     amp: Literal["none", "bf16", "fp16"] = "none"
     """autocast dtype"""
     precision: Literal["fp32", "fp64"] = "fp32"
-    """arithmetic where there is no autocast; fp64 is for comparing runs to the last digits"""
+    """arithmetic without autocast: fp32 (TF32 in a GPU's convolutions), or fp64, to compare last digits"""
     channels_last: bool = False
     """memory format of images and activations"""
     compile: bool = False

@@ -35,7 +35,7 @@ def train(config: Config) -> int:
     before the output folder is touched.
     """
     with distributed.ranks(config) as ranks, _default_dtype(config):
-        _set_up_torch(config, ranks)
+        set_up_torch(config, ranks)
         try:
             return _run(config, ranks)
         except torch.OutOfMemoryError as error:
@@ -418,7 +418,8 @@ def _default_dtype(config: Config) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _set_up_torch(config: Config, ranks: Ranks) -> None:
+def set_up_torch(config: Config, ranks: Ranks) -> None:
+    """The process's threads and determinism, as `config` asks."""
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.benchmark = not config.deterministic  # tries cuDNN's algorithms once for each size

@@ -22,6 +22,7 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 void check(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // else PyTorch's next check would report it again
   STD_TORCH_CHECK(error == cudaSuccess, "at_fused: CUDA: ", cudaGetErrorString(error));
 }
 
