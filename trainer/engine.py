@@ -125,16 +125,13 @@ class Run:
 
     def _create_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        # fused: one kernel over all parameters, and on CUDA fp16's inf check stays on the device. The CPU's
-        # does not undo the loss scale (seen in torch 2.13: a scaled gradient was applied as it was).
-        fused = self.ranks.device.type == "cuda" or config.amp != "fp16"
         return torch.optim.SGD(
             [parameter for parameter in self.tapped.parameters() if parameter.requires_grad],
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
-            fused=fused,
+            fused=True,  # one kernel over all parameters, and fp16's check for inf stays on a GPU
         )
 
     def _compile_models(self) -> None:
