@@ -79,7 +79,7 @@ def check_pairs(
     if isinstance(s_feats, Tensor) and isinstance(t_feats, Tensor):
         s_feats, t_feats = [s_feats], [t_feats]
     for side, feats in (("s_feats", s_feats), ("t_feats", t_feats)):
-        if isinstance(feats, Tensor) or not isinstance(feats, Sequence):
+        if not isinstance(feats, Sequence):
             raise TypeError(
                 f"s_feats and t_feats must be two tensors or two sequences: {side} is {described(feats)}"
             )
@@ -142,7 +142,7 @@ def _mismatch(student: Tensor, teacher: Tensor, resize: str) -> str | None:
 
 
 def check_weights(weights: Sequence[float], count: int | None = None) -> list[float]:
-    if isinstance(weights, (str, Tensor)) or not isinstance(weights, Sequence):
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
         raise TypeError(f"weights must be a sequence of numbers, got {type(weights).__name__}")
     for index, weight in enumerate(weights):
         check_real(f"weights[{index}]", weight)

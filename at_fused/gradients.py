@@ -193,7 +193,7 @@ def _batch_norm_mode(model: nn.Module, mode: str) -> Iterator[None]:
         for norm in norms:
             if mode == "running":
                 norm.training = False
-            elif mode == "batch" and norm.running_mean is not None:
+            elif mode == "batch":
                 norm.track_running_stats = False  # while training: neither read nor written
         yield
     finally:
