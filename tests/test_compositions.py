@@ -34,6 +34,7 @@ LOSSES = [
     {"distance": "norm"},
     {"distance": "norm", "norm_order": 3, "p": 4},
     {"weights": [0.5, -2.0], "reduction": "none"},
+    {"eps": 5.0},  # above some of the norms
 ]
 each_fused = pytest.mark.parametrize("backend", cases.FUSED)
 each_loss = pytest.mark.parametrize("options", LOSSES, ids=str)
@@ -114,12 +115,24 @@ def test_third_derivative(backend: str) -> None:
 
 
 @each_backend
-def test_backward_twice_through_a_retained_graph(backend: str) -> None:
-    s, t = (x[0] for x in features(cases.device_of(backend)))
-    loss = at_fused.attention_loss(s, t, backend=backend)
-    first = torch.autograd.grad(loss, [s, t], retain_graph=True)
-    again = torch.autograd.grad(loss, [s, t])
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("layout", [Tensor.contiguous, cases.channels_last], ids=cases.name_of)
+def test_a_gradient_is_the_callers(layout, teacher: bool, backend: str) -> None:
+    """Whatever it is changed into, a second backward through the same graph gives the first's bits."""
+    s, t = (x[0] for x in features(cases.device_of(backend), layout=layout))
+    wanted = [s, t] if teacher else [s]
+    for _ in range(2):  # the second loss may expect an upstream gradient of 1, like the first's
+        loss = at_fused.attention_loss(s, t.requires_grad_(teacher), backend=backend)
+        first = torch.autograd.grad(loss, wanted, retain_graph=True)
+        kept = [grad.clone() for grad in first]
+        for grad in first:
+            grad.mul_(-3)
+        for _ in range(2):
+            loss.backward(inputs=wanted, retain_graph=True)
+            for x, grad in zip(wanted, kept, strict=True):
+                assert torch.equal(x.grad, grad)
+                x.grad.zero_()
+                x.grad = None
 
 
 @each_backend
@@ -524,6 +537,48 @@ def test_forward_mode_is_refused(backend: str) -> None:
                 call()
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.jvp(lambda x: at_fused.attention_loss(x, teacher, backend=backend), (feat,), (feat,))
+
+
+@each_fused
+@pytest.mark.parametrize(
+    "mode, students, teachers, options, slopes",
+    [
+        (torch.enable_grad, (False, False), (False, False), {}, (False, False)),
+        (torch.no_grad, (True, True), (True, True), {}, (False, False)),
+        (torch.inference_mode, (True, True), (True, True), {}, (False, False)),
+        (torch.enable_grad, (True, True), (False, False), {}, (True, False)),
+        (torch.enable_grad, (True, False), (False, False), {}, (True, False)),
+        (torch.enable_grad, (False, False), (False, True), {}, (False, True)),
+        (torch.enable_grad, (True, True), (True, False), {}, (True, True)),
+        (torch.enable_grad, (True, True), (False, False), {"reduction": "none"}, (True, False)),
+    ],
+    ids=cases.name_of,
+)
+def test_nothing_is_computed_unasked(
+    mode, students, teachers, options: dict, slopes, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slopes only of a side that is trained; gradients ahead only where backward is sure to want them all."""
+    module = at_fused.backends.modules[backend]
+    asked: list[tuple[bool, ...]] = []
+
+    def attention_loss(*args, forward=module.attention_loss):
+        asked.append(args[-3:])
+        return forward(*args)
+
+    monkeypatch.setattr(module, "attention_loss", attention_loss)
+    s_feats, t_feats = features(cases.device_of(backend), same_grid=True)
+    # a backward whose upstream gradient is 1: the next one is expected to be like it
+    at_fused.attention_loss(s_feats, [t.detach() for t in t_feats], backend=backend).backward()
+    for feat, trained in zip([*s_feats, *t_feats], [*students, *teachers], strict=True):
+        feat.requires_grad_(trained)
+    with mode():
+        at_fused.attention_loss(s_feats, t_feats, backend=backend, **options)
+    *sides, ahead = asked[-1]
+    assert tuple(sides) == slopes
+    sure = all(students) and not any(teachers) and not options
+    assert not ahead or sure
+    if backend == "cpu" and mode is torch.enable_grad:
+        assert ahead == sure
 
 
 # --- memory ---------------------------------------------------------------------------------------
