@@ -167,22 +167,26 @@ def check_loss(
         **{key: value for key, value in options.items() if key not in hidden},
     )
     inputs = [*s_feats, *t_feats]
-    double = all(x.dtype == torch.float64 for x in inputs)
-    acc = torch.float64 if double else torch.float32
+    pairs = zip(s_feats, t_feats, strict=True)
+    accs = [torch.float64 if s.dtype == t.dtype == torch.float64 else torch.float32 for s, t in pairs]
     loss = at_fused.attention_loss(s_feats, t_feats, p, backend=backend, **options)
+    assert loss.dtype == (torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32)
     if options.get("reduction") == "none":
-        assert_within(loss, expected.values, expected.sizes, acc, "loss")
+        assert loss.shape == (len(accs),)
+        for i, acc in enumerate(accs):
+            assert_within(loss[i], expected.values[i], expected.sizes[i], acc, f"loss {i}")
     else:
         assert loss.shape == ()
-        assert_within(loss, np.asarray(expected.values.sum()), np.asarray(expected.sizes.sum()), acc, "loss")
-    if double or all(x.dtype != torch.float64 for x in inputs):
-        assert loss.dtype == acc
+        least = torch.float32 if torch.float32 in accs else torch.float64
+        total, size = (np.asarray(parts.sum()) for parts in (expected.values, expected.sizes))
+        assert_within(loss, total, size, least, "loss")
 
     grads = torch.autograd.grad(loss.sum() * upstream, inputs)
     truths = [*expected.s_grads, *expected.t_grads]
     sizes = [*expected.s_sizes, *expected.t_sizes]
     for i, (x, grad, exact_grad, size) in enumerate(zip(inputs, grads, truths, sizes, strict=True)):
         who = f"student {i}" if i < len(s_feats) else f"teacher {i - len(s_feats)}"
+        acc = accs[i % len(accs)]
         assert grad.dtype == x.dtype, f"{who}: gradient is {grad.dtype}"
         assert_within(
             grad.movedim(channel_dim, 1), upstream * exact_grad, abs(upstream) * size, acc, f"grad of {who}"

@@ -173,6 +173,22 @@ def test_an_fp64_feature_in_a_pair_of_fp32(backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"mapping": "max"}, {"distance": "norm"}], ids=str)
+def test_each_pair_has_its_own_precision(options: dict, reduction: str, backend: str) -> None:
+    """fp64 after or before fp32 in one call keeps its digits, and makes the loss fp64."""
+    device = cases.device_of(backend)
+    pairs = [
+        pair((2, 4, 5, 5), 3, dtype=torch.float32, device=device),
+        pair((2, 6, 7, 8), dtype=torch.float64, device=device),  # the larger maps, also in bytes
+        pair((2, 3, 4, 4), dtype=torch.bfloat16, device=device),
+    ]
+    for some in (pairs, pairs[:2], pairs[1:]):
+        s_feats, t_feats = zip(*some, strict=True)
+        check_loss([*s_feats], [*t_feats], reduction=reduction, backend=backend, **options)
+
+
+@each_backend
 @pytest.mark.parametrize(
     "shape, channel_dim", [((3, 49, 12), -1), ((3, 5, 6, 7), -1), ((3, 5, 6, 7), -2), ((3, 5, 6), 2)]
 )
