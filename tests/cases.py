@@ -62,6 +62,18 @@ def sliced(x: Tensor) -> Tensor:
     return window.copy_(x)
 
 
+def narrowed(x: Tensor) -> Tensor:
+    """Rows of a wider tensor of NaN: a gap behind each, and nothing else between them."""
+    return x.new_full([*x.shape[:-1], x.shape[-1] + 1], torch.nan)[..., :-1].copy_(x)
+
+
+def every_other_row(x: Tensor) -> Tensor:
+    """Every second row of a taller tensor of NaN."""
+    shape = [*x.shape]
+    shape[2] *= 2
+    return x.new_full(shape, torch.nan)[:, :, ::2].copy_(x)
+
+
 def sliced_channels_last(x: Tensor) -> Tensor:
     big = channels_last(x.new_full([x.shape[0], 2 * x.shape[1] + 1, *x.shape[2:]], torch.nan))
     return big[:, 1::2].copy_(x)
@@ -87,7 +99,16 @@ DENSE: list[Callable[[Tensor], Tensor]] = [
     channels_first,
     misaligned,
 ]
-LAYOUTS = [*DENSE, sliced, sliced_channels_last, expanded_batch, expanded_channel, expanded_space]
+LAYOUTS = [
+    *DENSE,
+    sliced,
+    narrowed,
+    every_other_row,
+    sliced_channels_last,
+    expanded_batch,
+    expanded_channel,
+    expanded_space,
+]
 
 
 def name_of(value: object) -> str:

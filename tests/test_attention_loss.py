@@ -48,7 +48,7 @@ def test_options(p: float, mapping: str, normalize: str | None, distance: dict, 
 def test_layouts(layout, dtype: torch.dtype, mapping: str, backend: str) -> None:
     """Gradients of half-precision features are checked at a loss scale, where fp16 can hold them."""
     device = cases.device_of(backend)
-    for shape, p in (((4, 21, 7, 7), 2), ((2, 33, 6, 5), 1), ((3, 6, 9, 4), 4)):
+    for shape, p in (((4, 21, 7, 7), 2), ((2, 33, 6, 5), 1), ((3, 6, 9, 4), 4), ((2, 5, 3, 37), 2)):
         s, t = pair(shape, 12, dtype=dtype, layout=layout, device=device)
         grads = check_loss([s], [t], p, mapping=mapping, backend=backend, upstream=1024.0)
         if layout in cases.DENSE and backend != "reference":
