@@ -72,7 +72,9 @@ def _abs_power_slope(x, WHOLE: tl.constexpr, FRACTION: tl.constexpr):
         result = _whole_power(x, WHOLE - 1)
     else:
         power = _abs_power(x, WHOLE - 1, FRACTION)
-        result = tl.where(x > 0, power, tl.where(x < 0, -power, 0))
+        result = tl.where(x < 0, -power, power)  # NaN keeps its own
+        if WHOLE == 1 and FRACTION == 0:
+            result = tl.where((x > 0) | (x < 0), result, 0)
     return result
 
 
