@@ -56,7 +56,8 @@ def test_options(p: float, mapping: str, normalize: str | None, backend: str) ->
 @pytest.mark.parametrize("mapping", ["sum", "max"])
 def test_layouts(layout, dtype: torch.dtype, mapping: str, backend: str) -> None:
     device = cases.device_of(backend)
-    for shape, p in (((4, 21, 7, 7), 2), ((2, 9, 5, 12), 1), ((3, 34, 4, 4), 4), ((2, 5, 3, 4), 3)):
+    shapes = ((4, 21, 7, 7), 2), ((2, 9, 5, 12), 1), ((3, 34, 4, 4), 4), ((2, 5, 3, 4), 3), ((2, 5, 3, 32), 2)
+    for shape, p in shapes:
         feat = feature(*shape, dtype=dtype, layout=layout, device=device)
         check_map(feat, p, mapping=mapping, backend=backend)
 
@@ -164,11 +165,97 @@ def test_nan_and_inf_propagate(bad: float, mapping: str, backend: str) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             start = feature(2, 20, 4, 4, dtype=dtype, layout=layout, device=cases.device_of(backend)).detach()
             start[1, 7, 2, 3] = bad
-            for p in (1, 2, 2.5):
-                got = at_fused.attention_map(start, p, mapping=mapping, backend=backend).cpu()
+            for p in (1, 2, 2.5, 3, 4):
+                feat = start.detach().requires_grad_()
+                got = at_fused.attention_map(feat, p, mapping=mapping, backend=backend).cpu()
                 assert torch.equal(got[1, 2, 3].isnan(), torch.tensor(bad != bad))
                 assert got[1, 2, 3].isnan() or got[1, 2, 3] == float("inf")
                 assert got.isfinite().sum() == got.numel() - 1
+                grad = torch.autograd.grad(got.sum(), feat)[0].cpu()
+                assert grad.isfinite().sum() == grad.numel() - (p > 1)
+                if p > 1:  # with p = 1 it is the sign, of which NaN has none
+                    expected = torch.tensor(bad, dtype=dtype)
+                    torch.testing.assert_close(grad[1, 7, 2, 3], expected, equal_nan=True)
+
+
+@each_backend
+def test_max_gives_the_gradient_to_the_first_nan(backend: str) -> None:
+    """Whatever infinity stands before it, and NaN behind it."""
+    for layout in (Tensor.contiguous, cases.channels_last):
+        feat = feature(2, 40, 3, 3, layout=layout, device=cases.device_of(backend)).detach()
+        feat[1, [5, 7, 38], 2, 1] = torch.tensor([torch.inf, torch.nan, torch.nan], device=feat.device)
+        attention = at_fused.attention_map(feat.requires_grad_(), 2, mapping="max", backend=backend)
+        grad = torch.autograd.grad(attention.sum(), feat)[0].cpu()
+        assert grad.isnan().nonzero().tolist() == [[1, 7, 2, 1]]
+        assert torch.count_nonzero(grad) == 2 * 3 * 3
+        assert grad[1, 7, 2, 1].isnan()
+
+
+# --- rounding -------------------------------------------------------------------------------------
+
+
+def every_half(dtype: torch.dtype) -> Tensor:
+    """All 2^16 of them."""
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+
+
+def with_negatives(x: Tensor) -> Tensor:
+    return torch.cat([x, -x])
+
+
+def between_halves(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """fp32 numbers on, between and beyond those of `dtype`, and the nearest of `dtype`, ties to even."""
+    halves = every_half(dtype)
+    halves = halves[halves.isfinite() & ~halves.signbit()]
+    low, high = halves[:-1], halves[1:]
+    middle = ((low.double() + high.double()) / 2).float()
+    even = torch.where(low.view(torch.int16) % 2 == 0, low, high)
+    below, above = (torch.nextafter(middle, torch.tensor(end)) for end in (0.0, torch.inf))
+
+    info = torch.finfo(dtype)
+    most = torch.tensor(info.max)
+    overflow = most + most * info.eps / (2 - info.eps) / 2  # half of a last place more
+    nans = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    ends = [torch.nextafter(overflow, most), overflow, torch.tensor(torch.inf), *nans]
+    rounded_ends = torch.tensor([info.max, torch.inf, torch.inf, *[torch.nan] * 3], dtype=dtype)
+    numbers = torch.cat([low.float(), middle, below, above, torch.stack(ends)])
+    return with_negatives(numbers), with_negatives(torch.cat([low, even, low, high, rounded_ends]))
+
+
+@each_backend
+@pytest.mark.parametrize("layout", [Tensor.contiguous, cases.channels_last, cases.sliced], ids=cases.name_of)
+@pytest.mark.parametrize("mapping", ["sum", "max"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.name_of)
+def test_gradients_are_rounded_to_the_nearest(dtype: torch.dtype, mapping: str, layout, backend: str) -> None:
+    """Ties go to the even neighbour, too much to infinity, and NaN stays NaN, whatever its bits."""
+    slopes, rounded = between_halves(dtype)
+    if cases.INTERPRETED:
+        slopes, rounded = slopes[3::17], rounded[3::17]
+    slopes, rounded = (x.expand(1, 1, -1).to(cases.device_of(backend)) for x in (slopes, rounded))
+    ones = layout(torch.ones(1, 3, slopes.numel(), dtype=dtype, device=slopes.device)).requires_grad_()
+    attention = at_fused.attention_map(ones, 1, mapping=mapping, backend=backend)
+    (grad,) = torch.autograd.grad(attention, ones, slopes[0])
+    torch.testing.assert_close(grad[:, :1], rounded, rtol=0, atol=0, equal_nan=True)
+    others = rounded.expand(1, 2, -1) if mapping == "sum" else torch.zeros_like(grad[:, 1:])
+    torch.testing.assert_close(grad[:, 1:], others, rtol=0, atol=0, equal_nan=True)
+
+
+@each_backend
+@pytest.mark.parametrize("layout", [Tensor.contiguous, cases.channels_last, cases.sliced], ids=cases.name_of)
+@pytest.mark.parametrize("channels", [1, 16])
+@pytest.mark.parametrize("mapping", ["sum", "max"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.name_of)
+def test_every_half_is_read_as_it_is(
+    dtype: torch.dtype, mapping: str, channels: int, layout, backend: str
+) -> None:
+    """Subnormals, infinities and NaN among them."""
+    halves = every_half(dtype).to(cases.device_of(backend))
+    if cases.INTERPRETED:  # slowly, and not the subnormals of bf16
+        halves = halves[::13][(halves[::13].abs() >= torch.finfo(dtype).tiny) | halves[::13].isnan()]
+    feat = torch.zeros(1, channels, halves.numel(), dtype=dtype, device=halves.device)
+    feat[:, -1] = halves
+    attention = at_fused.attention_map(layout(feat), 1, mapping=mapping, backend=backend)
+    torch.testing.assert_close(attention[0], halves.float().abs(), rtol=0, atol=0, equal_nan=True)
 
 
 @each_backend
