@@ -48,14 +48,15 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def drawing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Runs the command line, and returns what it gave to `attention_grid`, which still draws."""
+    """Runs the command line, and returns what it gave to `attention_grid`, and the figure that this drew."""
 
     def run(*words: object) -> dict[str, Any]:
         seen: dict[str, Any] = {}
 
         def grid(images: Tensor, networks: Any, **options: Any) -> Any:
-            seen.update(options, images=images, networks=networks)
-            return at_fused.visualize.attention_grid(images, networks, **options)
+            figure = at_fused.visualize.attention_grid(images, networks, **options)
+            seen.update(options, images=images, networks=networks, figure=figure)
+            return figure
 
         monkeypatch.setattr(cli, "attention_grid", grid)
         out = tmp_path / "x.png"
@@ -212,6 +213,35 @@ def test_predictions_are_named(drawing: Any, folder: Path, weights: Path, tmp_pa
     ]
     assert drawing(*words)["captions"]["wrn-10-1"] == [f"class {guess}" for guess in guesses]
     assert networks.categories(1000)[283] == "Persian cat"  # type: ignore[index]
+
+
+def shown(feature: Tensor, mapping: str = "sum") -> Tensor:
+    """The map of an image of 32 x 32, scaled to a mean square of 1 and then enlarged."""
+    squares = feature[0].double().square()
+    attention = squares.sum(0) if mapping == "sum" else squares.amax(0)
+    attention = attention / attention.square().mean().sqrt()
+    return F.interpolate(attention[None, None], (32, 32), mode="bilinear", align_corners=False)[0, 0]
+
+
+@pytest.mark.parametrize("mapping", ["sum", "max"])
+@pytest.mark.parametrize("scale", ["own", "group"])
+@pytest.mark.parametrize("colours", ["viridis", "magma"])
+def test_how_maps_are_drawn(drawing: Any, folder: Path, mapping: str, scale: str, colours: str) -> None:
+    """Each option by its picture; the first value of each is the default."""
+    defaults = {"--mapping": "sum", "--scale": "own", "--colours": "viridis"}
+    given = zip(defaults, (mapping, scale, colours), strict=True)
+    words = [word for name, value in given if value != defaults[name] for word in (name, value)]
+    taps = ("--taps", "group2", "--taps", "block2.conv3")
+    seen = drawing("--model", "wrn-10-1", "nin-thin", *taps, "--images", folder / "cat/b.jpg", *words)
+    expected = [shown(found[0], mapping) for found in seen["networks"].values()]
+    most = [attention.max() for attention in expected]
+    assert max(most) > 1.05 * min(most), "else both scales draw the same"
+    _, *cells = [axes.images[0] for axes in seen["figure"].axes if axes.images]
+    for attention, own, cell in zip(expected, most, cells, strict=True):
+        drawn = torch.from_numpy(cell.get_array().data).double()
+        largest = own if scale == "own" else max(most)
+        torch.testing.assert_close(drawn, attention / largest, rtol=1e-4, atol=1e-6)
+        assert cell.get_cmap().name == colours
 
 
 def test_size_is_what_networks_get(drawing: Any, folder: Path, weights: Path) -> None:
