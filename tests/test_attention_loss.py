@@ -466,7 +466,18 @@ def test_a_student_can_be_its_own_teacher(backend: str) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("options", [{}, {"weights": [1.0, 0.5]}, {"distance": "norm", "reduction": "none"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weights": [1.0, 0.5]},
+        {"distance": "norm", "reduction": "none"},
+        {"distance": "norm", "norm_order": 3, "normalize": "l1", "mapping": "max"},
+        {"channel_dim": -1, "resize": "nearest"},
+        {"eps": 300.0},
+    ],
+    ids=str,
+)
 def test_module_is_beta_times_the_function(options: dict, backend: str) -> None:
     device = cases.device_of(backend)
     s_feats = [feature(2, 4, 5, 5, seed=i, device=device) for i in range(2)]

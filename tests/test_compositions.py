@@ -283,7 +283,7 @@ def test_compile_with_a_beta_schedule(backend: str) -> None:
     """beta decays from epoch to epoch: the right value each time, and not one compilation per value."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    module = at_fused.AttentionLoss(backend=backend)
+    module = at_fused.AttentionLoss(3, weights=[1.0, -0.5], backend=backend)
     compiled = torch.compile(lambda s, t: module(s, t), fullgraph=True, backend=counter)
     feats = features(cases.device_of(backend), same_grid=True)
     for epoch in range(12):
