@@ -93,6 +93,14 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradgradcheck(loss, (s,))
 
 
+def test_a_learnt_temperature_and_alpha() -> None:
+    s, t, targets = logits(3, 5)
+    learnt = [torch.tensor(number, dtype=torch.float64, requires_grad=True) for number in (2.5, 0.7)]
+    loss = lambda *numbers: at_fused.distillation_loss(s.detach(), t, targets, *numbers)  # noqa: E731
+    torch.testing.assert_close(loss(*learnt), loss(2.5, 0.7))
+    assert torch.autograd.gradcheck(loss, learnt)
+
+
 def test_probabilities_as_targets_follow_the_logits() -> None:
     s, t, targets = logits(3, 5, dtype=torch.float32)
     soft = F.one_hot(targets, 5).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -300,6 +301,21 @@ def test_batch_norm_statistics(
     assert model.bn.track_running_stats
 
 
+@pytest.mark.parametrize("mode", ["batch", "running", "update"])
+def test_batch_norm_of_a_teacher_that_trains(mode: str, model: Smooth, x: Tensor) -> None:
+    """The choice is the teacher's, too: its statistics in use, and whether they change."""
+    torch.manual_seed(5)
+    teacher = Smooth(6).double()
+    nn.init.uniform_(teacher.bn.running_mean, 0.5, 1.5)  # type: ignore[arg-type]
+    twin = copy.deepcopy(teacher)
+    j_t = at_fused.input_gradient(twin, x, Y, batch_norm=mode)
+    j_s = at_fused.input_gradient(copy.deepcopy(model), x, Y, batch_norm=mode)
+    loss = at_fused.gradient_attention_loss(model, teacher, x, Y, batch_norm=mode)
+    torch.testing.assert_close(loss.detach(), (j_s - j_t).square().sum() / 8)
+    for name, buffer in teacher.named_buffers():
+        assert torch.equal(buffer, twin.get_buffer(name)), name
+
+
 def test_batch_norm_chooses_the_statistics_in_use(model: Smooth, x: Tensor) -> None:
     plain = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(F.cross_entropy(model(plain), Y, reduction="sum"), plain)
@@ -346,6 +362,24 @@ def test_gradient_at_a_layer(frozen: bool, model: Smooth, x: Tensor) -> None:
     with torch.no_grad():
         torch.testing.assert_close(at_fused.input_gradient(model, x, Y, layer="act"), full)
     assert not model.act._forward_hooks
+
+
+def test_a_layer_of_two_names_and_two_calls(x: Tensor) -> None:
+    """Either name will do; the gradient is that at the last output."""
+    torch.manual_seed(0)
+    first, act, last = nn.Conv2d(2, 3, 3), nn.Softplus(), nn.Conv2d(3, 3, 3)
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = nn.Sequential(first, act, last, act, *ends).double()  # the names 1 and 3 of one module
+    with torch.no_grad():
+        feature = model[:4](x)
+    rest = lambda a: F.cross_entropy(model[4:6](a), Y, reduction="sum")  # noqa: E731
+    expected = torch.autograd.functional.jacobian(rest, feature)
+    for name in ("1", "3"):
+        torch.testing.assert_close(at_fused.input_gradient(model, x, Y, layer=name), expected)
+    model.unused = nn.Identity()
+    model.forward = model[:6].forward  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="no forward pass has reached layer 'unused'"):
+        at_fused.input_gradient(model, x, Y, layer="unused")
 
 
 def test_layer_before_work_in_place() -> None:

@@ -119,18 +119,23 @@ def test_compiled_whole_for_any_batch() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_under_autocast(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("own", [torch.float32, torch.float64], ids=name_of)
+def test_under_autocast(dtype: torch.dtype, own: torch.dtype) -> None:
     torch.manual_seed(0)
-    hints = at_fused.FeatureHints(4, 6)
+    hints = at_fused.FeatureHints(4, 6).to(own)
     s, t = feature(2, 4, 3, 3, dtype=dtype), feature(2, 6, 3, 3, seed=1).detach()
+    projected: list[torch.dtype] = []
+    handle = hints.regressors[0].register_forward_hook(lambda module, args, out: projected.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         loss = hints(s, t)
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    handle.remove()
+    assert projected == [torch.bfloat16 if own == torch.float32 else own]  # autocast leaves fp64 alone
+    assert loss.dtype == (torch.float64 if torch.float64 in (dtype, own) else torch.float32)
+    assert loss.item() == pytest.approx(hints(s, t).item(), rel=0.02)
     loss.backward()
     assert s.grad is not None
+    assert s.grad.dtype == dtype
     assert s.grad.isfinite().all()
-    assert loss.item() == pytest.approx(hints(s, t).item(), rel=0.02)
-    assert loss.item() != hints(s, t).item()  # the regressor computed in bf16
 
 
 @pytest.mark.parametrize(
