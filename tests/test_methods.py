@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import models
 import train
 from trainer import data, engine
-from trainer.config import make_config
+from trainer.config import Config, make_config
 from trainer.data import in_memory
 from trainer.distributed import Ranks
+from trainer.objectives import Objective, Tapped, tap_names
 
 METHODS = ("hints", "grad-at", "symmetry", "min-l2")
 
@@ -132,6 +133,75 @@ def test_training_step_against_a_plain_loop(method: str, teacher: Path, tmp_path
             strict=True,
         ):
             torch.testing.assert_close(after, expected, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def attention_by_hand(config: Config, feature: Tensor) -> Tensor:
+    """(B, H * W)."""
+    powers = feature.double().abs().pow(config.p)
+    flat = (powers.sum(1) if config.mapping == "sum" else powers.amax(1)).flatten(1)
+    order = {"l2": 2, "l1": 1}.get(config.normalize)
+    return flat / torch.linalg.vector_norm(flat, order, dim=1, keepdim=True) if order else flat
+
+
+def attention_loss_by_hand(config: Config, students: list[Tensor], teachers: list[Tensor]) -> float:
+    total = 0.0
+    for s, t in zip(students, teachers, strict=True):
+        difference = attention_by_hand(config, s) - attention_by_hand(config, t)
+        if config.distance == "mse":
+            total += difference.square().mean().item()
+        else:
+            total += difference.abs().pow(config.norm_order).sum(1).pow(1 / config.norm_order).mean().item()
+    return total
+
+
+def distillation_by_hand(config: Config, logits: Tensor, teachers: Tensor, labels: Tensor) -> float:
+    student, teacher = ((x / config.temperature).double().softmax(1) for x in (logits, teachers))
+    soft = (teacher * (teacher / student).log()).sum(1).mean().item()
+    hard = -logits.double().softmax(1)[range(len(labels)), labels].log().mean().item()
+    return config.alpha * config.temperature**2 * soft + (1 - config.alpha) * hard
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"p": 1},
+        {"p": 4},
+        {"p": 1, "mapping": "max"},
+        {"normalize": "l1"},
+        {"normalize": "none"},
+        {"distance": "norm"},
+        {"distance": "norm", "norm-order": 1},
+        {"beta": 30},
+        {"taps": ["group3"]},
+        {"temperature": 2},
+        {"alpha": 0.3},
+    ],
+    ids=lambda keys: ",".join(f"{key}={value}" for key, value in keys.items()) or "defaults",
+)
+def test_options_of_attention_and_distillation_reach_the_loss(keys: dict[str, Any]) -> None:
+    """Each changes it to what its formula says: otherwise the rows of Table 2 could all be F²_sum."""
+    both = {"student": "wrn-10-1", "teacher": "wrn-10-2", "teacher-checkpoint": "t", "method": "at+kd"}
+    defaults = make_config({"dataset": "digits", **both})
+    config = make_config({"dataset": "digits", **both, **keys})
+    networks = [models.create(name).eval() for name in ("wrn-10-1", "wrn-10-2")]
+    names = tap_names(config, *networks)
+    student, teacher = (Tapped(net, taps) for net, taps in zip(networks, names, strict=True))
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([3, 1, 4, 1])
+    losses, _ = Objective(config, student, teacher)(student, images, labels, config.beta / 2)
+
+    with torch.no_grad():
+        (logits, students), (t_logits, teachers) = (groups(net, images) for net in networks)
+    compared = slice(2, 3) if "taps" in keys else slice(3)
+
+    def expected(config: Config, compared: slice) -> list[float]:
+        at = config.beta / 2 * attention_loss_by_hand(config, students[compared], teachers[compared])
+        return [at, distillation_by_hand(config, logits, t_logits, labels)]
+
+    found = [losses.at.item(), losses.kd.item()]
+    assert found == pytest.approx(expected(config, compared), rel=1e-5)
+    assert losses.total.item() == pytest.approx(sum(found), rel=1e-6)
+    assert (found == pytest.approx(expected(defaults, slice(3)), rel=1e-3)) is (keys == {})
 
 
 @pytest.mark.parametrize("bn", ["running", "update"])
