@@ -27,6 +27,8 @@ from trainer import checkpoint, data, distributed, engine
 from trainer.config import ConfigError, make_config
 from trainer.data import in_memory
 from trainer.distributed import Ranks
+from trainer.objectives import Tapped
+from trainer.state import TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
@@ -134,6 +136,15 @@ def test_artefacts(teacher: Path, student: Path) -> None:
     }
 
 
+def test_the_last_error_is_not_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    errors = iter([40.0, 10.0, 25.0])
+    monkeypatch.setattr(engine.Run, "evaluate", lambda run, model: {"test_error": next(errors)})
+    assert run(tmp_path / "run", limit_train=8, limit_test=10) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["last_test_error"], summary["best_test_error"]) == (25.0, 10.0)
+    assert "test error: last 25.00 %, best 10.00 %" in capsys.readouterr().out
+
+
 def test_model_has_the_reported_test_error(student: Path) -> None:
     model = models.create("wrn-10-1")
     model.load_state_dict(torch.load(student / "model.pt", weights_only=True))
@@ -187,6 +198,19 @@ def test_same_seed_same_run_and_another_seed_another(teacher: Path, student: Pat
         assert run(folder, **at_kd(teacher), seed=seed) == 0
         assert (metrics(folder) == metrics(student)) is same
         assert ((folder / "model.pt").read_bytes() == (student / "model.pt").read_bytes()) is same
+
+
+@pytest.mark.parametrize("method", ["none", "at+kd"])
+def test_the_seed_alone_decides_the_first_weights(method: str, teacher: Path, tmp_path: Path) -> None:
+    """Which a student alone and one with a teacher have in common."""
+    for seed in (0, 5):
+        torch.manual_seed(seed)
+        expected = models.create("wrn-10-1").state_dict()
+        torch.randn(3)
+        keys = {key.replace("_", "-"): value for key, value in at_kd(teacher).items()}
+        keys |= {"method": method, "seed": seed, "output-dir": tmp_path}
+        found = engine.Run(make_config(SMALL | keys), Ranks(0, 1, CPU)).student.state_dict()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("method", ["none", "at", "kd", "at+kd"])
@@ -262,6 +286,28 @@ def test_at_starts_at_its_epoch(teacher: Path, tmp_path: Path) -> None:
     keys = at_kd(teacher) | {"method": "at"}
     assert run(tmp_path / "late", **keys, at_start_epoch=1, epochs=2) == 0
     assert [line["at_loss"] > 0 for line in metrics(tmp_path / "late")] == [False, True]
+
+
+@pytest.mark.parametrize("method", ["kd", "at", "hints", "grad-at"])
+def test_the_teacher_is_fixed(
+    method: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a run continues, which does not test it again: its BatchNorms must never learn."""
+    monkeypatch.setattr(distributed.StopRequest, "poll", lambda self: signal.SIGTERM)
+    keys = {key.replace("_", "-"): value for key, value in at_kd(teacher).items()} | {"method": method}
+    keys |= {"limit-train": 24, "batch-size": 8, "limit-test": 10, "output-dir": tmp_path / "run"}
+    weights = torch.load(teacher / "model.pt", weights_only=True)
+    for step in (0, 1):
+        run = engine.Run(make_config(SMALL | keys), Ranks(0, 1, CPU))
+        assert run.progress.step == step
+        guide = run.teacher.model  # type: ignore[union-attr]
+        modes: list[bool] = []
+        guide.bn.register_forward_hook(lambda bn, *_, modes=modes: modes.append(bn.training))
+        assert run.train() == 143
+        assert modes
+        assert not any(modes)
+        assert not any(parameter.requires_grad for parameter in guide.parameters())
+        torch.testing.assert_close(guide.state_dict(), weights, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -704,6 +750,51 @@ def test_interrupted_at_every_step_is_the_same_run(teacher: Path, student: Path,
     check_same(tmp_path / "copy", student)
 
 
+def test_random_numbers_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the dropout of a model would draw them, one at each step."""
+    keys = {"limit_train": 32, "batch_size": 8, "limit_test": 10, "epochs": 2}
+    drawn: list[float] = []
+
+    def poll_that_stops_after(*steps: int) -> Any:
+        def poll(self: Any) -> int:
+            drawn.append(torch.rand(1).item())
+            return signal.SIGTERM * (len(drawn) in steps)
+
+        return poll
+
+    monkeypatch.setattr(distributed.StopRequest, "poll", poll_that_stops_after())
+    assert run(tmp_path / "whole", **keys) == 0
+    whole = drawn.copy()
+    assert len(set(whole)) == 8
+    drawn.clear()
+    monkeypatch.setattr(distributed.StopRequest, "poll", poll_that_stops_after(3, 4))
+    for code in (143, 143, 0):
+        assert run(tmp_path / "parts", **keys) == code
+    assert drawn == whole
+
+
+def test_each_rank_gets_its_own_random_numbers_and_sums_back() -> None:
+    def state(rank: int, world: int) -> TrainState:
+        tapped = Tapped(torch.nn.Linear(2, 2), [])
+        optimizer = torch.optim.SGD(tapped.parameters(), 0.1)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        return TrainState(tapped, optimizer, scaler, Ranks(rank, world, CPU))
+
+    expected, ranks, stored = [], [], {}
+    for rank in range(2):
+        alone = state(0, 1)
+        alone.sums += rank + 1
+        torch.manual_seed(rank)
+        stored = alone.collect() or {}
+        ranks += stored["ranks"]
+        expected.append(torch.rand(1))
+    for rank in range(2):
+        again = state(rank, 2)
+        again.restore(stored | {"ranks": ranks})
+        assert torch.rand(1) == expected[rank]
+        assert again.sums.tolist() == [rank + 1] * 6
+
+
 def test_the_teacher_of_a_run_may_move_but_not_change(
     teacher: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -762,3 +853,36 @@ def test_diverged_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert run(tmp_path / "run", lr=1e30, lr_schedule="constant") == 1
     assert "not finite at step 2: loss" in capsys.readouterr().err
     assert not (tmp_path / "run/checkpoint.pt").exists()  # none with broken weights
+
+
+def test_weights_that_are_not_finite_after_the_last_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of which neither a loss nor a gradient has told yet."""
+    assert run(tmp_path / "run", lr=1e300, lr_schedule="constant", max_steps=1) == 1
+    assert "the weights are not finite after epoch 1" in capsys.readouterr().err
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("keys, code", [({}, 0), ({"lr": 1e300}, 1)], ids=["finished", "diverged"])
+def test_signals_are_given_back(
+    keys: dict[str, Any], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To whoever had them; in between they are the training's."""
+
+    def mine(number: int, frame: Any) -> None: ...
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    during: list[Any] = []
+    monkeypatch.setattr(
+        distributed.StopRequest, "poll", lambda self: during.extend(map(signal.getsignal, numbers))
+    )
+    before = [signal.signal(number, mine) for number in numbers]
+    try:
+        assert run(tmp_path / "run", **keys, lr_schedule="constant", max_steps=1) == code
+        assert [signal.getsignal(number) for number in numbers] == [mine, mine]
+        assert len(during) == 2
+        assert mine not in during
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
