@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -141,19 +142,28 @@ def test_missing_and_damaged_cifar(tmp_path: Path, dataset: str, folder: str) ->
     assert "\n" not in str(caught.value)
 
 
-def test_cifar_is_held_without_strides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's images are a transposed view: taken as they are, every batch would copy the whole set."""
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    stored = np.arange(20 * 3 * 32 * 32, dtype=np.uint8).reshape(20, 3, 32, 32)
+def store_cifar(
+    monkeypatch: pytest.MonkeyPatch, root: Path, images: np.ndarray, name: str = "CIFAR10"
+) -> np.ndarray:
+    """Have torchvision read `images` (N, 3, 32, 32) under `root`; what it gives: (N, 32, 32, 3), strided."""
+    folder = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}[name]
+    (root / folder).mkdir()
 
     class Cifar:
-        base_folder, train_list, test_list = "cifar-10-batches-py", (), ()
-        data, targets = stored.transpose(0, 2, 3, 1), list(range(20))
+        base_folder, train_list, test_list = folder, (), ()
+        data, targets = images.transpose(0, 2, 3, 1), list(range(len(images)))
 
         def __init__(self, root: str, train: bool, download: bool) -> None:
             pass
 
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", Cifar)
+    monkeypatch.setattr(f"torchvision.datasets.{name}", Cifar)
+    return Cifar.data
+
+
+def test_cifar_is_held_without_strides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's images are a transposed view: taken as they are, every batch would copy the whole set."""
+    stored = np.arange(20 * 3 * 32 * 32, dtype=np.uint8).reshape(20, 3, 32, 32)
+    given = store_cifar(monkeypatch, tmp_path, stored)
     config = make_config({"dataset": "cifar10", "student": "wrn-10-1", "data-dir": str(tmp_path)})
     dataset = in_memory.load(config, CPU)
     assert dataset.train.images.is_contiguous()
@@ -161,4 +171,44 @@ def test_cifar_is_held_without_strides(tmp_path: Path, monkeypatch: pytest.Monke
     assert dataset.train.images.numpy().tobytes() == stored.transpose(0, 2, 3, 1).tobytes()
     chosen = torch.arange(2)
     with pytest.raises(RuntimeError, match="view"):
-        in_memory.augment(torch.from_numpy(Cifar.data), chosen, chosen, chosen, chosen.bool(), 4)
+        in_memory.augment(torch.from_numpy(given), chosen, chosen, chosen, chosen.bool(), 4)
+
+
+# Red, green and blue over the training images; the authors' code has those of CIFAR-10 as well.
+CIFAR = {
+    "cifar10": ("CIFAR10", 10, [125.3, 123.0, 113.9], [63.0, 62.1, 66.7]),
+    "cifar100": ("CIFAR100", 100, [129.3, 124.1, 112.4], [68.2, 65.4, 70.4]),
+}
+
+
+@pytest.mark.parametrize(
+    "augment, pad, flips", [("crop-flip", 4, True), ("flip", 0, True), ("none", 0, False)]
+)
+@pytest.mark.parametrize("name", CIFAR)
+def test_cifar_is_padded_flipped_and_normalised(
+    name: str, augment: str, pad: int, flips: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each training image is a crop of the reflected one; all offsets and both sides come."""
+    kind, classes, mean, std = CIFAR[name]
+    stored = np.random.default_rng(0).integers(256, size=(100, 3, 32, 32), dtype=np.uint8)
+    store_cifar(monkeypatch, tmp_path, stored, kind)
+    keys = {"dataset": name, "augment": augment, "student": "wrn-10-1", "data-dir": str(tmp_path)}
+    dataset = data.load(make_config(keys), CPU)
+    assert dataset.classes == classes
+    exact = (stored - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+    ((images, _),) = dataset.evaluation_batches([slice(5, 8)])
+    np.testing.assert_allclose(images, exact[5:8], rtol=1e-5, atol=1e-6)
+
+    padded = np.pad(exact, ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode="reflect")
+    offsets = range(2 * pad + 1)
+    crops = list(product((1, -1), offsets, offsets))
+    ((images, labels),) = dataset.training_batches(0, 0, [slice(0, 100)])
+    seen = []
+    for image, label in zip(images.numpy(), labels.tolist(), strict=True):
+        views = [padded[label, :, y : y + 32, x : x + 32][:, :, ::side] for side, y, x in crops]
+        near = [place for place, view in enumerate(views) if abs(view[0, 0, 0] - image[0, 0, 0]) < 1e-4]
+        (found,) = (place for place in near if np.allclose(views[place], image, atol=1e-4))
+        seen.append(crops[found])
+    sides, down, right = map(set, zip(*seen, strict=True))
+    assert sides == ({1, -1} if flips else {1})
+    assert down == right == set(offsets)

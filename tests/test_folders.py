@@ -234,6 +234,16 @@ def test_cub_crops_the_bounding_box(tmp_path: Path) -> None:
     torch.testing.assert_close(images, white.expand_as(images))
 
 
+@pytest.mark.parametrize("limit, numbers", [(None, [1, 2, 3, 4]), (2, [1, 4])])
+def test_cub_boxes_stay_with_their_images(limit: int | None, numbers: list[int], tmp_path: Path) -> None:
+    make_cub(tmp_path)
+    dataset = folders.load(config(tmp_path, dataset="cub", limit_train=limit, seed=2), CPU)
+    for files, expected in ((dataset.train, numbers), (dataset.test, [5, 6])):
+        assert [int(Path(path).stem) for path in files.paths] == expected
+        assert files.labels.tolist() == [number % 2 for number in expected]
+        assert files.boxes == [(10 + number, 5, 50 + number, 35) for number in expected]
+
+
 def test_damaged_cub_tables(tmp_path: Path) -> None:
     root = make_cub(tmp_path)
     (root / "bounding_boxes.txt").write_text("1 10 five 40 30\n")
