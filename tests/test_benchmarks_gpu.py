@@ -1,6 +1,7 @@
 """The benchmark's path on a GPU, with stand-ins for the device, and the pieces of `make gpu`."""
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -230,6 +231,31 @@ def test_without_a_gpu_nothing_starts(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main(["--results", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "gpu: this machine has no CUDA device that torch can use\n"
+
+
+@pytest.mark.parametrize(
+    "codes, code, states",
+    [
+        ([0, 0], 0, ["done", "done"]),
+        ([3, 0], 1, ["failed:", "done"]),
+        ([0, 3], 1, ["done", "failed:"]),
+        ([0, None], 0, ["done", "skipped:"]),
+    ],
+)
+def test_a_piece_that_fails_ends_in_1(
+    codes: list[int | None], code: int, states: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After all others have run; one that can't run here is no failure."""
+    todo = [
+        piece(name, f"raise SystemExit({ends})", obstacle="no tool" if ends is None else None)
+        for name, ends in zip(("first", "second"), codes, strict=True)
+    ]
+    monkeypatch.setattr(gpu, "pieces", lambda *options: todo)
+    monkeypatch.setattr(signal, "signal", lambda *handler: None)
+    assert gpu.main(["--results", str(tmp_path), "--device", "cpu"]) == code
+    summary = (tmp_path / "summary.md").read_text()
+    for name, state in zip(("first", "second"), states, strict=True):
+        assert f"| {name} | {state} " in summary
 
 
 def test_summary_joins_the_pieces(tmp_path: Path) -> None:

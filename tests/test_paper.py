@@ -343,6 +343,18 @@ def test_committed_results_are_what_their_json_says(path: Path) -> None:
         assert rows in (ROOT / "README.md").read_text()
 
 
+def test_figures_are_medians_over_seeds(tmp_path: Path) -> None:
+    """Which of three differ from their means."""
+    own = plan(tmp_path, "table5", schedule="paper", columns=["student", "at"], seeds=3)
+    errors = {"student": [40.0, 44.0, 41.0], "at": [39.5, 36.0, 39.0]}
+    for cell in own.cells:
+        for job, error in zip(cell.jobs, errors[cell.column], strict=True):
+            finish(job, error, last_test_top5_error=2 * error - 60)
+    student, at = paper_report.write(own).splitlines()[4:6]
+    assert student.endswith("| 41.00 ± 2.00 | 40.00 ± 2.00 | 3 |  | 30.40 |  | 22.00 | 10.80 |")
+    assert at.endswith("| 39.00 ± 1.75 | 38.00 ± 1.75 | 3 | −2.00 | 29.30 | −1.10 | 18.00 | 10.00 |")
+
+
 def test_curves_are_medians_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.axes import Axes
 
@@ -353,12 +365,12 @@ def test_curves_are_medians_over_seeds(tmp_path: Path, monkeypatch: pytest.Monke
         return []
 
     monkeypatch.setattr(Axes, "plot", plot)
-    own = plan(tmp_path, columns=["student", "at", "teacher"], epochs=3)
-    for job, error in zip(own.jobs, (10.0, 13.0, 11.0, 14.0, 12.0), strict=True):
+    own = plan(tmp_path, columns=["student", "at", "teacher"], epochs=3, seeds=3)
+    for job, error in zip(own.jobs, (10.0, 13.0, 11.0, 17.0, 12.5, 14.0, 11.5), strict=True):
         finish(job, error)
     assert paper_report.curves(paper_report.results(own)).startswith(b"\x89PNG")
     assert drawn == [
-        ("-", [14.5, 13.5, 13.5]),
+        ("-", [15, 14, 14]),
         ("--", [5, 5, 4]),
         ("-", [12.5, 11.5, 11.5]),
         ("--", [5, 5, 4]),
