@@ -252,6 +252,17 @@ def test_differing_keys() -> None:
     assert differing_keys(older, config(seed=1, nesterov=True)) == ["nesterov"]
 
 
+def test_what_a_continuation_may_change() -> None:
+    """Where files lie and how fast it goes, and no more: any other key alters what is learned."""
+    now = config()
+    stored = yaml.safe_load(now.to_yaml())
+    kept = {key for key in stored if differing_keys(stored | {key: "another"}, now)}
+    paths = {"data-dir", "output-dir", "resume"}
+    speed = {"workers", "threads", "cuda-graphs"}
+    extent = {"max-steps", "checkpoint-every", "max-unreadable"}
+    assert set(stored) - kept == paths | speed | extent
+
+
 RECIPES = sorted({*(ROOT / "recipes").rglob("*.yaml")} - {ROOT / "recipes" / "tables.yaml"})
 
 

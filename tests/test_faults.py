@@ -318,6 +318,47 @@ def test_disk_that_becomes_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyP
         checkpoint.save_latest(tmp_path, {})
 
 
+def test_a_file_is_on_the_disk_before_its_name_and_then_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut may lose whatever is not yet flushed, renames included."""
+    path, done = tmp_path / "a", []
+    sync, replace = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        there = {os.stat(found).st_ino: found for found in (tmp_path, *tmp_path.iterdir())}
+        synced = there[os.fstat(handle).st_ino]
+        done.append(("sync", "folder" if synced == tmp_path else synced.read_bytes(), path.read_bytes()))
+        sync(handle)
+
+    def rename(old: Path, new: Path) -> None:
+        done.append(("rename", Path(old).parent == tmp_path, Path(new) == path))
+        replace(old, new)
+
+    checkpoint.write_atomically(path, b"old")
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    checkpoint.write_atomically(path, b"new")
+    assert done == [("sync", b"new", b"old"), ("rename", True, True), ("sync", "folder", b"new")]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_previous_checkpoint_is_what_the_latest_was(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same file, under its second name; a copy where the file system has no hard links."""
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    latest, previous = tmp_path / checkpoint.LATEST, tmp_path / checkpoint.PREVIOUS
+    checkpoint.save_latest(tmp_path, {"step": 1})
+    file, content = latest.stat().st_ino, latest.read_bytes()
+    checkpoint.save_latest(tmp_path, {"step": 2})
+    assert (previous.stat().st_ino == file) is links
+    assert previous.read_bytes() == content
+    assert checkpoint.load(latest) == {"step": 2}
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint.LATEST, checkpoint.PREVIOUS}
+
+
 # --- who speaks, and when ----------------------------------------------------------------------------
 
 

@@ -535,7 +535,9 @@ def test_a_run_is_never_overwritten(
     teacher: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = fingerprint(student)
-    check_refusal(run(student, **at_kd(teacher), lr=0.3, seed=4), capsys, str(student), "lr, seed differ")
+    other = {"lr": 0.3, "seed": 4, "batch_size": 32, "amp": "bf16"}
+    words = (str(student), "holds a different run: amp, batch-size, lr, seed differ")
+    check_refusal(run(student, **at_kd(teacher), **other), capsys, *words)
     check_refusal(run(student, **at_kd(teacher), resume="never"), capsys, "not empty")
     check_refusal(run(student, **at_kd(teacher), resume=teacher), capsys, "would overwrite")
     assert run(student, **at_kd(teacher)) == 0  # the same, finished
