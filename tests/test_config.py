@@ -300,8 +300,9 @@ def test_onecycle_of_few_steps_starts_at_its_peak_and_ends_low(total: int, warmu
     assert total == 1 or rates[-1] == pytest.approx(0.2 / 25e4)
 
 
-def test_step_schedule_is_the_authors() -> None:
-    c = config()
+@pytest.mark.parametrize("keys", [{}, {"lr_milestones": [160, 60, 120]}], ids=["defaults", "any order"])
+def test_step_schedule_is_the_authors(keys: dict[str, list[int]]) -> None:
+    c = config(**keys)
     at_epochs = {0: 0.1, 59: 0.1, 60: 0.02, 119: 0.02, 120: 0.004, 159: 0.004, 160: 0.0008, 199: 0.0008}
     for epoch, rate in at_epochs.items():
         for step in (epoch * 391, epoch * 391 + 390):
@@ -327,7 +328,7 @@ def test_cosine_and_constant_schedules() -> None:
     ],
 )
 def test_beta_schedules(schedule: str, expected: list[float]) -> None:
-    keys = {"beta": 8, "epochs": 6, "at_start_epoch": 2, "beta_milestones": [4, 5], "beta_gamma": 0.25}
+    keys = {"beta": 8, "epochs": 6, "at_start_epoch": 2, "beta_milestones": [5, 4], "beta_gamma": 0.25}
     c = config(**AT, **keys, method="at", beta_schedule=schedule)
     assert [schedules.beta(c, 5 * epoch, 5) for epoch in range(6)] == pytest.approx(expected, abs=1e-12)
     assert schedules.beta(config(), 0, 5) == 0

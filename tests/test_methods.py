@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import test_importers
 import test_trainer_distributed as distributed_runs
 import torch
 import torch.nn.functional as F
+import yaml
 from test_trainer import SMALL, check_refusal, check_same, flags, metrics, run
 from torch import Tensor, nn
 
@@ -202,6 +204,31 @@ def test_options_of_attention_and_distillation_reach_the_loss(keys: dict[str, An
     assert found == pytest.approx(expected(config, compared), rel=1e-5)
     assert losses.total.item() == pytest.approx(sum(found), rel=1e-6)
     assert (found == pytest.approx(expected(defaults, slice(3)), rel=1e-3)) is (keys == {})
+
+
+def test_metrics_are_means_over_the_images(teacher: Path, tmp_path: Path) -> None:
+    """Of weights that stand still, where batches and their parts are of unequal size."""
+    keys = keys_of("at+kd", teacher) | {"beta_schedule": "constant", "lr": 1e-30, "freeze_bn": "true"}
+    keys |= {"augment": "none", "limit_train": 40, "batch_size": 16, "limit_test": 30, "epochs": 2}
+    keys |= {"accumulate": 3}
+    assert run(tmp_path / "run", **keys, lr_schedule="cosine") == 0
+    config = make_config(yaml.safe_load((tmp_path / "run/config.yaml").read_text()))
+    plain, guide = models.create("wrn-10-1").eval(), models.create("wrn-10-2").eval()
+    plain.load_state_dict(torch.load(tmp_path / "run/model.pt", weights_only=True))
+    guide.load_state_dict(torch.load(teacher, weights_only=True))
+    dataset = data.load(config, torch.device("cpu"))
+    ((images, labels),) = dataset.training_batches(0, 0, [slice(0, 40)])
+    with torch.no_grad():
+        (logits, students), (t_logits, teachers) = groups(plain, images), groups(guide, images)
+    at = config.beta * attention_loss_by_hand(config, students, teachers)
+    kd = distillation_by_hand(config, logits, t_logits, labels)
+    for line, step in zip(metrics(tmp_path / "run"), (2, 5), strict=True):  # the last of an epoch
+        assert line["lr"] == pytest.approx(1e-30 * (1 + math.cos(math.pi * step / 6)) / 2, abs=0)
+        assert line["at_loss"] == pytest.approx(at, rel=1e-4)
+        assert line["kd_loss"] == pytest.approx(kd, rel=1e-4)
+        assert line["ce_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+        assert line["train_loss"] == pytest.approx(at + kd, rel=1e-4)
+        assert line["train_error"] == 100 * (logits.argmax(1) != labels).sum().item() / 40
 
 
 @pytest.mark.parametrize("bn", ["running", "update"])

@@ -325,6 +325,49 @@ def test_autocast_trains_as_without(amp: str, teacher: Path, tmp_path: Path) -> 
         assert saved["scaler"]["scale"] > 1
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "amp, dtype", [("none", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_passes_are_in_the_chosen_precision_and_layout(
+    amp: str, dtype: torch.dtype, layout: torch.memory_format, teacher: Path, tmp_path: Path
+) -> None:
+    """Of both networks, in training as in tests."""
+    keys = {key.replace("_", "-"): value for key, value in at_kd(teacher).items()}
+    keys |= {"amp": amp, "channels-last": layout is torch.channels_last, "output-dir": tmp_path}
+    run = engine.Run(make_config(SMALL | keys | {"limit-test": 4}), Ranks(0, 1, CPU))
+    seen: list[tuple[torch.dtype, bool]] = []
+    for tapped in (run.tapped, run.teacher):
+        conv = tapped.model.group2[0].conv1  # type: ignore[union-attr]
+        assert conv.weight.is_contiguous(memory_format=layout)
+        conv.register_forward_hook(
+            lambda _, inputs, output: seen.append(
+                (output.dtype, inputs[0].is_contiguous(memory_format=layout))
+            )
+        )
+    (batch,) = run.dataset.training_batches(0, 0, [slice(0, 4)])
+    run._train_step(*batch, 4)
+    run.evaluate(run.tapped)
+    run.evaluate(run.teacher)  # type: ignore[arg-type]
+    assert seen == [(dtype, True)] * 4
+
+
+def test_the_optimizer_is_the_chosen_one(tmp_path: Path) -> None:
+    """Two steps of Nesterov's momentum by hand (Sutskever et al., 2013, as torch has it)."""
+    keys = {"nesterov": True, "momentum": 0.8, "weight-decay": 0.01, "lr": 0.1, "output-dir": tmp_path}
+    run = engine.Run(make_config(SMALL | keys), Ranks(0, 1, CPU))
+    weight = run.student.fc.weight
+    expected, velocity = weight.detach().double(), torch.zeros_like(weight, dtype=torch.float64)
+    for step in (1, 2):
+        for parameter in run.student.parameters():
+            parameter.grad = torch.full_like(parameter, step)
+        run.optimizer.step()
+        gradient = step + 0.01 * expected
+        velocity = 0.8 * velocity + gradient
+        expected = expected - 0.1 * (gradient + 0.8 * velocity)
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_momentum_is_there_before_a_first_step_that_is_skipped(tmp_path: Path) -> None:
     """Fused SGD allocates it, and leaves it unset where fp16 overflows: zeros give the same first step."""
     config = make_config(SMALL | {"amp": "fp16", "output-dir": tmp_path / "run"})
@@ -454,6 +497,12 @@ def test_cudnn_chooses_by_speed_only_where_it_may(tmp_path: Path) -> None:
     for deterministic in ("false", "true"):
         assert run(tmp_path / deterministic, deterministic=deterministic, max_steps=1) == 0
         assert torch.backends.cudnn.benchmark is (deterministic == "false")
+
+
+def test_threads_are_as_many_as_asked_for() -> None:
+    for threads, expected in ((2, 2), (0, 2)):  # 0 leaves them alone
+        engine._set_up_torch(make_config(SMALL | {"threads": threads}), Ranks(0, 1, CPU))
+        assert torch.get_num_threads() == expected
 
 
 # --- mistakes ---------------------------------------------------------------------------------------
