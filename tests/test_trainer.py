@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -136,12 +137,16 @@ def test_artefacts(teacher: Path, student: Path) -> None:
     }
 
 
-def test_the_last_error_is_not_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_summary_of_a_run_that_was_best_before_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And that ended after 3 of 5 epochs, of a step each."""
     errors = iter([40.0, 10.0, 25.0])
     monkeypatch.setattr(engine.Run, "evaluate", lambda run, model: {"test_error": next(errors)})
-    assert run(tmp_path / "run", limit_train=8, limit_test=10) == 0
+    assert run(tmp_path / "run", limit_train=8, limit_test=10, epochs=5, max_steps=3, seed=6) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["last_test_error"], summary["best_test_error"]) == (25.0, 10.0)
+    assert (summary["epochs"], summary["seed"]) == (3, 6)
     assert "test error: last 25.00 %, best 10.00 %" in capsys.readouterr().out
 
 
@@ -366,6 +371,19 @@ def test_the_optimizer_is_the_chosen_one(tmp_path: Path) -> None:
         velocity = 0.8 * velocity + gradient
         expected = expected - 0.1 * (gradient + 0.8 * velocity)
     torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_fp16_undoes_its_loss_scale(tmp_path: Path) -> None:
+    """A step moves the weights about as far as in fp32; a thousand times as far if it forgot to."""
+    moves = []
+    for amp in ("none", "fp16"):
+        run = engine.Run(make_config(SMALL | {"amp": amp, "output-dir": tmp_path}), Ranks(0, 1, CPU))
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=amp == "fp16")
+        before = run.student.fc.weight.detach().clone()
+        (batch,) = run.dataset.training_batches(0, 0, [slice(0, 64)])
+        run._train_step(*batch, 64)
+        moves.append(run.student.fc.weight.detach() - before)
+    assert (moves[1] - moves[0]).norm() < 0.05 * moves[0].norm()
 
 
 def test_momentum_is_there_before_a_first_step_that_is_skipped(tmp_path: Path) -> None:
@@ -704,6 +722,40 @@ def test_signal_at_a_step(
     assert steps_done(tmp_path / "run") == step
     assert run(tmp_path / "run", **at_kd(teacher)) == 0
     check_same(tmp_path / "run", student)
+
+
+def test_a_finished_run_that_goes_on_is_no_longer_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"limit_train": 32, "batch_size": 8, "limit_test": 10}
+    assert run(tmp_path / "run", **keys, max_steps=1) == 0
+    assert (tmp_path / "run/summary.json").exists()
+    monkeypatch.setattr(distributed.StopRequest, "poll", lambda self: signal.SIGTERM)
+    assert run(tmp_path / "run", **keys) == 143
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_the_time_between_two_attempts_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that gives a second to each step, and a hundred to each pause."""
+    now, steps = [0.0], [0]
+
+    def poll(self: Any) -> int:
+        now[0] += 1
+        steps[0] += 1
+        return signal.SIGTERM * (steps[0] == 3)
+
+    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(distributed.StopRequest, "poll", poll)
+    keys = {"limit_train": 32, "batch_size": 8, "limit_test": 10, "epochs": 3}
+    for last_step, code in ((3, 143), (6, 0), (12, 0)):
+        assert run(tmp_path / "run", **keys, max_steps=max(last_step, 6)) == code
+        now[0] += 100
+        assert steps[0] == last_step
+    lines = metrics(tmp_path / "run", timing=True)
+    assert [line["seconds"] for line in lines] == [4, 4, 4]
+    assert [line["images_per_second"] for line in lines] == [8, 8, 8]
 
 
 def test_max_steps_below_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
