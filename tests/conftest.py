@@ -9,6 +9,7 @@ from typing import Any
 import partial
 import pytest
 import torch
+from wheels import tree  # noqa: F401 (a fixture)
 
 import at_fused
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_folders import make_folders
+from runs import make_folders
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import LAYOUTS, name_of
-from test_packaging import ROOT, build_wheel, lines_about_us, packaged, tree  # noqa: F401 (a fixture)
+from wheels import ROOT, build_wheel, lines_about_us, packaged
 
 from at_fused.backends import cuda
 
@@ -96,7 +96,7 @@ def test_accesses_are_16_bytes_wide_and_sums_ordered(tmp_path: Path) -> None:
 
 @needs_nvcc
 @pytest.mark.slow
-def test_library_builds_for_hopper_without_spills(tree: Path) -> None:  # noqa: F811
+def test_library_builds_for_hopper_without_spills(tree: Path) -> None:
     """The whole library through setup.py, against whatever torch is here."""
     shutil.copytree(SOURCES, tree / "csrc" / "cuda")
     flags = {"NVCC_APPEND_FLAGS": "-Xptxas=-v", "TORCH_CUDA_ARCH_LIST": "9.0a", "MAX_JOBS": "2"}
@@ -139,7 +139,7 @@ def test_library_builds_for_hopper_without_spills(tree: Path) -> None:  # noqa: 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA")
 def test_cuda_library_is_built_where_it_is_of_use(
-    tree: Path,  # noqa: F811
+    tree: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tree / "csrc" / "cuda").mkdir()
@@ -172,7 +172,7 @@ def test_cuda_library_is_built_where_it_is_of_use(
     assert ctypes.CDLL(str(tree / "at_fused" / "_cuda.so"))
 
 
-def test_missing_nvcc_is_an_error_only_on_request(tree: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_missing_nvcc_is_an_error_only_on_request(tree: Path, tmp_path: Path) -> None:
     (tree / "csrc" / "cuda").mkdir()
     (tree / "csrc" / "cuda" / "stub.cu").write_text("__global__ void kernel() {}\n")
     program = (

@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_folders import make_folders
-from test_trainer import ROOT, SMALL, flags, metrics
+from runs import ROOT, SMALL, flags, make_folders, metrics
 from torch.utils.tensorboard import SummaryWriter
 
 import train

@@ -9,29 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import CLASSES, make_folders, picture
 from torch import Tensor
 
 from trainer.config import Config, ConfigError, make_config
 from trainer.data import folders
 
 CPU = torch.device("cpu")
-CLASSES = ("ant", "bee", "cat")
-
-
-def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
-    draw = np.random.default_rng(seed)
-    return Image.fromarray(draw.integers(256, size=(height, width, 3), dtype=np.uint8))
-
-
-def make_folders(root: Path, train: int = 8, val: int = 3) -> Path:
-    """`train` and `val` random images of each class."""
-    for split, count in (("train", train), ("val", val)):
-        for label, name in enumerate(CLASSES):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                picture(1000 * label + 10 * i + (split == "val")).save(folder / f"{i}.png")
-    return root
 
 
 def config(root: Path, **keys: object) -> Config:

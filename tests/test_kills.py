@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_trainer import SMALL, check_same, flags
-from test_trainer_distributed import ENVIRONMENT, ROOT, command
+from runs import ENVIRONMENT, ROOT, SMALL, check_same, command, flags
 
 import train
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import test_importers
-import test_trainer_distributed as distributed_runs
 import torch
 import torch.nn.functional as F
 import yaml
-from test_trainer import SMALL, check_refusal, check_same, flags, metrics, run
+from runs import SMALL, check_refusal, check_same, flags, metrics, run
 from torch import Tensor, nn
 
 import models
@@ -403,11 +403,11 @@ def test_interrupted_run_is_the_same_run(method: str, teacher: Path, tmp_path: P
 def test_any_number_of_ranks_trains_the_same(method: str, teacher: Path, tmp_path: Path) -> None:
     """Double backward and regressors under DDP, with BatchNorm frozen, from before the term begins."""
     keys = keys_of(method, teacher) | {"at_start_epoch": 1, "beta": 3}
-    values = distributed_runs.KEYS | {k.replace("_", "-"): v for k, v in keys.items()}
+    values = runs.DISTRIBUTED | {k.replace("_", "-"): v for k, v in keys.items()}
     assert train.main(flags(values | {"output-dir": tmp_path / "1"})) == 0
-    done = distributed_runs.launch(2, tmp_path / "2", **keys)
+    done = runs.launch(2, tmp_path / "2", **keys)
     assert done.returncode == 0, done.stderr
-    (alone_lines, alone), (lines, weights) = (distributed_runs.results(tmp_path / n) for n in ("1", "2"))
+    (alone_lines, alone), (lines, weights) = (runs.results(tmp_path / n) for n in ("1", "2"))
     for name, expected in alone.items():
         torch.testing.assert_close(weights[name], expected, rtol=1e-5, atol=1e-5)
     for line, expected_line in zip(lines, alone_lines, strict=True):

@@ -12,30 +12,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from wheels import ROOT, WITHOUT_BUILDS, build_wheel, lines_about_us, packaged
 
 import at_fused
 
-ROOT = Path(__file__).resolve().parent.parent
-WITHOUT_BUILDS = shutil.ignore_patterns("*.so", "__pycache__")
-STUB = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
-
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """A clean copy of what the build reads, with a C++ source that compiles in a moment."""
-    copy = tmp_path / "tree"
-    copy.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    shutil.copytree(ROOT / "at_fused", copy / "at_fused", ignore=WITHOUT_BUILDS)
-    (copy / "csrc" / "cpu").mkdir(parents=True)
-    (copy / "csrc" / "cpu" / "stub.cpp").write_text(STUB)
-    for folder in ("models", "trainer", "benchmarks", "tests"):  # must stay out of the wheel
-        (copy / folder).mkdir()
-        (copy / folder / "__init__.py").touch()
-    return copy
 
 
 def test_import_brings_in_nothing_heavy() -> None:
@@ -44,22 +25,6 @@ def test_import_brings_in_nothing_heavy() -> None:
     code = f"import sys, torch, at_fused; print(set({heavy}) & set(sys.modules))"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert told.stdout == "set()\n"
-
-
-def build_wheel(tree: Path, **variables: str) -> tuple[subprocess.CompletedProcess[str], Path | None]:
-    """Builds without network and returns pip's result and the wheel, if there is one."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("AT_FUSED_") and k != "CXX"}
-    shutil.rmtree(tree / "wheels", ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
-    result = subprocess.run(
-        [*command, "--no-index", "-w", "wheels", "."],
-        cwd=tree,
-        env=environment | variables,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    return result, next((tree / "wheels").glob("*.whl"), None)
 
 
 def build_distributions(folder: Path, **variables: str) -> tuple[Path, Path]:
@@ -123,16 +88,6 @@ def smoke(python: Path, folder: Path) -> list[str]:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
-
-
-def packaged(wheel: Path) -> set[str]:
-    """The files in a wheel, its own metadata aside."""
-    names = zipfile.ZipFile(wheel).namelist()
-    return {name for name in names if ".dist-info/" not in name}
-
-
-def lines_about_us(output: str) -> list[str]:
-    return re.findall(r"^ *(at_fused: .*)$", output, re.MULTILINE)
 
 
 def test_pure_wheel_holds_the_package_and_nothing_else(tree: Path) -> None:

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
+from runs import ROOT, SMALL, check_refusal, check_same, flags, metrics, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-import train
 from trainer import checkpoint, data, distributed, engine
 from trainer.config import ConfigError, make_config
 from trainer.data import in_memory
@@ -31,35 +31,7 @@ from trainer.distributed import Ranks
 from trainer.objectives import Tapped
 from trainer.state import TrainState
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = {
-    "dataset": "digits",
-    "limit-train": 200,
-    "limit-test": 100,
-    "batch-size": 64,  # 3 batches and one of 8
-    "epochs": 3,
-    "student": "wrn-10-1",
-    "lr-schedule": "onecycle",
-    "threads": 1,
-}
 CPU = torch.device("cpu")
-TIMING = ("seconds", "images_per_second")
-
-
-def flags(keys: dict[str, Any]) -> list[str]:
-    return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-
-
-def run(folder: Path, **keys: Any) -> int:
-    """train.py in this process; the threads it sets are set back by the fixture."""
-    return train.main(
-        flags(SMALL | {k.replace("_", "-"): v for k, v in keys.items()} | {"output-dir": folder})
-    )
-
-
-def metrics(folder: Path, timing: bool = False) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return lines if timing else [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -526,16 +498,6 @@ def test_threads_are_as_many_as_asked_for() -> None:
 # --- mistakes ---------------------------------------------------------------------------------------
 
 
-def check_refusal(code: int, capsys: pytest.CaptureFixture[str], *words: str) -> None:
-    out, err = capsys.readouterr()
-    assert code == 2
-    assert out == ""
-    assert err.count("\n") == 1, err
-    assert err.startswith("train.py: error: ")
-    for word in words:
-        assert word in err
-
-
 @pytest.mark.parametrize(
     "keys, words",
     [
@@ -680,13 +642,6 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
             return
         time.sleep(0.005)
     raise AssertionError("the run ended, or never came to the point where it was to be stopped")
-
-
-def check_same(folder: Path, undisturbed: Path) -> None:
-    assert (folder / "model.pt").read_bytes() == (undisturbed / "model.pt").read_bytes()
-    assert metrics(folder) == metrics(undisturbed)
-    kept = [name for name in os.listdir(folder) if not name.startswith("events.")]
-    assert sorted(kept) == sorted(n for n in os.listdir(undisturbed) if not n.startswith("events."))
 
 
 @pytest.mark.slow

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_folders import make_folders
+from runs import DISTRIBUTED, ENVIRONMENT, ROOT, command, flags, launch, make_folders, results
 
 import train
-
-ROOT = Path(__file__).resolve().parent.parent
-KEYS = {
-    "dataset": "digits",
-    "limit-train": 203,  # three batches of 64 and one of 11, which neither 2 nor 4 ranks share equally
-    "limit-test": 103,
-    "batch-size": 64,
-    "test-batch-size": 16,
-    "epochs": 2,
-    "student": "wrn-10-1",
-    "lr": 0.0005,  # a higher one lets fp32's roundings grow beyond 1e-5 in 20 steps
-    "lr-schedule": "cosine",
-    "freeze-bn": "true",
-    "threads": 1,
-    "device": "cpu",
-}
 
 
 @pytest.fixture(scope="module")
@@ -39,29 +20,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Weights of a student and a teacher whose BatchNorms know their inputs: frozen, they need that."""
     folder = tmp_path_factory.mktemp("trained")
     for name in ("wrn-10-1", "wrn-10-2"):
-        values = KEYS | {"student": name, "lr": 0.05, "freeze-bn": "false", "output-dir": folder / name}
-        assert train.main([word for key, value in values.items() for word in (f"--{key}", str(value))]) == 0
+        values = DISTRIBUTED | {"student": name, "lr": 0.05, "freeze-bn": "false"}
+        assert train.main(flags(values | {"output-dir": folder / name})) == 0
     return {name: folder / name / "model.pt" for name in ("wrn-10-1", "wrn-10-2")}
-
-
-def command(ranks: int, folder: Path, **keys: Any) -> list[str]:
-    values = KEYS | {key.replace("_", "-"): value for key, value in keys.items()} | {"output-dir": folder}
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    flags = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, *launcher, str(ROOT / "train.py"), *flags]
-
-
-def launch(ranks: int, folder: Path, **keys: Any) -> subprocess.CompletedProcess[str]:
-    line = command(ranks, folder, **keys)
-    return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def results(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return lines, torch.load(folder / "model.pt", weights_only=True)
 
 
 @pytest.mark.slow
@@ -211,7 +172,5 @@ print("code:", train.main(sys.argv[1:]))
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_ranks_of_one_process_need_no_launcher(count: int, tmp_path: Path) -> None:
-    flags = [word for key, value in KEYS.items() for word in (f"--{key}", str(value))]
-    flags += ["--output-dir", str(tmp_path / "run"), "--epochs", str(count)]
-    assert train.main(flags) == 0
+    assert train.main(flags(DISTRIBUTED | {"output-dir": tmp_path / "run", "epochs": count})) == 0
     assert len(results(tmp_path / "run")[0]) == count

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from test_trainer_distributed import ENVIRONMENT, ROOT, command, launch
+from runs import ENVIRONMENT, ROOT, command, launch
 
 
 @dataclass(frozen=True)
