@@ -88,7 +88,7 @@ def _architecture() -> str:
 def _test(python: str, path: Path) -> Piece:
     command = [python, "-m", "pytest", "-q", str(path.relative_to(ROOT))]
     command += ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    trains = re.search(r"\b(trainer|train\.py|paper|recipes)\b", path.read_text())
+    trains = re.search(r"\b(trainer|train\.py|paper|recipes|from runs)\b", path.read_text())
     return Piece(f"test-{path.stem[5:]}", command, obstacle=_trainer_lacks() if trains else None)
 
 

@@ -204,6 +204,15 @@ def test_every_test_and_suite_is_a_piece(tmp_path: Path) -> None:
     assert {"memcheck", "racecheck"} | suites <= set(names)
 
 
+def test_without_what_the_trainer_needs_the_library_is_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "_trainer_lacks", lambda: "pydantic is not installed")
+    found = {p.name for p in gpu.pieces(tmp_path, "cpu", quick=True) if p.obstacle is None}
+    assert found.isdisjoint({"test-trainer", "test-recipes", "test-kills", "test-two_nodes", "trainer"})
+    assert {"test-attention_loss", "test-hints", "test-taps", "step"} <= found
+
+
 def test_commands_of_the_pieces_are_understood(tmp_path: Path) -> None:
     commands = [list(p.command) for p in gpu.pieces(tmp_path, "cuda", quick=True, cifar=tmp_path)]
     options = [run.arguments(c[c.index("benchmarks.run") + 1 :]) for c in commands if "benchmarks.run" in c]
