@@ -13,6 +13,8 @@ from wheels import tree  # noqa: F401 (a fixture)
 
 import at_fused
 
+pytest.register_assert_rewrite("cases", "runs")  # else what is asserted there fails without its values
+
 with suppress(ImportError):  # a run of the library alone
     from models import torchvision_compat  # noqa: F401  (before torchvision: xdist unpickles its users' warnings)
 

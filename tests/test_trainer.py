@@ -288,18 +288,14 @@ def test_the_teacher_is_fixed(
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_autocast_trains_as_without(amp: str, teacher: Path, tmp_path: Path) -> None:
-    keys = at_kd(teacher) | {"beta": 1, "max_steps": 1, "limit_test": 20}  # a beta without overflow in fp16
-    for name in (amp, "none"):
-        assert run(tmp_path / name, **keys, amp=name) == 0
-    files = [tmp_path / name / "checkpoint.pt" for name in (amp, "none")]
-    saved, plain = (torch.load(file, weights_only=True) for file in files)
-    assert saved["model"]["conv.weight"].dtype == torch.float32
-    states = [[*stored["optimizer"]["state"].values()] for stored in (saved, plain)]
-    found, exact = (state[-1]["momentum_buffer"] for state in states)  # after one step: the bias's gradient
-    torch.testing.assert_close(found, exact, rtol=0.0, atol=0.05 * exact.abs().max().item())
+def test_autocast_trains(amp: str, teacher: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "run", **at_kd(teacher), amp=amp, epochs=1, limit_train=72, limit_test=20) == 0
+    (line,) = metrics(tmp_path / "run")
+    assert np.isfinite(line["train_loss"])
+    saved = torch.load(tmp_path / "run/model.pt", weights_only=True)
+    assert saved["conv.weight"].dtype == torch.float32
     if amp == "fp16":
-        assert saved["scaler"]["scale"] > 1
+        assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["scaler"]["scale"] > 1
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
