@@ -27,7 +27,7 @@ def _compiled_operators_load() -> bool:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return True  # not installed: leave it to the import to say so
-    binaries = list(Path(spec.origin).parent.glob("_C.*"))
+    binaries = list(Path(spec.origin).parent.glob("_C*"))  # _C.so; from 0.29 on _C_stable.so
     try:
         for binary in binaries:
             torch.ops.load_library(binary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -273,6 +274,20 @@ print(tuple(v2.Resize((4, 6))(torch.zeros(3, 8, 8)).shape))
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "(3, 4, 6)"
+
+
+@pytest.mark.parametrize("name", ["_C.so", "_C_stable.so"])
+def test_nothing_is_declared_where_torchvisions_operators_load(tmp_path: Path, name: str) -> None:
+    loadable = next((Path(torch.__file__).parent / "lib").glob("libc10.*"))
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").touch()
+    (tmp_path / "torchvision" / name).symlink_to(loadable)
+    code = "from models import torchvision_compat; print(torchvision_compat._library)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "None", result.stderr
 
 
 def test_registry_does_not_import_torchvision_by_itself() -> None:
