@@ -487,7 +487,7 @@ def test_cudnn_chooses_by_speed_only_where_it_may(tmp_path: Path) -> None:
 
 def test_threads_are_as_many_as_asked_for() -> None:
     for threads, expected in ((2, 2), (0, 2)):  # 0 leaves them alone
-        engine._set_up_torch(make_config(SMALL | {"threads": threads}), Ranks(0, 1, CPU))
+        engine.set_up_torch(make_config(SMALL | {"threads": threads}), Ranks(0, 1, CPU))
         assert torch.get_num_threads() == expected
 
 
