@@ -490,6 +490,8 @@ def test_no_warnings(backend: str) -> None:
     feats = features(cases.device_of(backend))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        if cases.INTERPRETED:  # as Triton 3.6's interpreter does
+            warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
         value_and_grads(functools.partial(at_fused.attention_loss, backend=backend), *feats)
 
 
