@@ -23,7 +23,8 @@ def distillation_loss(
         alpha: weight of the soft part, in [0, 1]; the paper uses 0.9.
 
     Returns:
-        Scalar in fp32 (fp64 for fp64 logits). An empty batch gives 0.
+        Scalar in fp32 (fp64 for fp64 logits). Gradients flow to the logits that require them, the teacher's
+        included. An empty batch gives 0.
 
     Raises:
         TypeError: logits that are not floating-point tensors, targets of another kind, T or alpha no number.

@@ -88,9 +88,9 @@ def test_an_empty_batch_gives_zero() -> None:
 
 def test_gradcheck() -> None:
     s, t, targets = logits(3, 5)
-    loss = lambda s: at_fused.distillation_loss(s, t, targets)  # noqa: E731
-    assert torch.autograd.gradcheck(loss, (s,))
-    assert torch.autograd.gradgradcheck(loss, (s,))
+    loss = lambda s, t: at_fused.distillation_loss(s, t, targets)  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (s, t.requires_grad_()))
+    assert torch.autograd.gradgradcheck(loss, (s, t))
 
 
 def test_a_learnt_temperature_and_alpha() -> None:
