@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import described
-from .reference import EPS, accumulation_dtype, sample_norm, without_autocast
+from .reference import EPS, accumulation_dtype, knows_autocast, sample_norm, without_autocast
 
 
 class FeatureHints(nn.Module):
@@ -88,8 +88,12 @@ class FeatureHints(nn.Module):
 
 def _regressed(regressor: nn.Module, student: Tensor) -> Tensor:
     if not isinstance(regressor, nn.Conv2d):
-        return student
-    projected = regressor(student.to(regressor.weight.dtype))
+        return regressor(student)
+    device, own = student.device.type, regressor.weight.dtype
+    autocast = knows_autocast(device) and torch.is_autocast_enabled(device)
+    if autocast and torch.float64 not in (student.dtype, own):  # autocast leaves fp64 alone
+        return regressor(student)  # and casts the rest itself, without a copy in between
+    projected = regressor(student.to(own))
     return projected.to(torch.promote_types(projected.dtype, student.dtype))
 
 

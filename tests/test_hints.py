@@ -109,6 +109,14 @@ def test_features_of_another_dtype_than_the_regressors(dtype: torch.dtype, own: 
     torch.testing.assert_close(s.grad, exactly.grad.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)  # type: ignore[union-attr]
 
 
+def test_a_regressor_of_the_callers_is_used() -> None:
+    hints = at_fused.FeatureHints(4, 4)
+    hints.regressors[0] = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+    s, t = feature(2, 4, 3, 3), feature(2, 4, 3, 3, seed=1).detach()
+    expected = at_fused.FeatureHints(4, 4)(hints.regressors[0](s), t)
+    torch.testing.assert_close(hints(s, t), expected)
+
+
 def test_compiled_whole_for_any_batch() -> None:
     torch.compiler.reset()
     hints = at_fused.FeatureHints(3, 5)
