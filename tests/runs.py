@@ -50,11 +50,14 @@ def flags(keys: dict[str, Any]) -> list[str]:
     return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
 
 
+def dashed(keys: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments, spelt as recipes and flags are."""
+    return {key.replace("_", "-"): value for key, value in keys.items()}
+
+
 def run(folder: Path, **keys: Any) -> int:
     """train.py in this process; the threads it sets are set back by the fixture."""
-    return train.main(
-        flags(SMALL | {k.replace("_", "-"): v for k, v in keys.items()} | {"output-dir": folder})
-    )
+    return train.main(flags(SMALL | dashed(keys) | {"output-dir": folder}))
 
 
 def metrics(folder: Path, timing: bool = False) -> list[dict[str, Any]]:
@@ -80,7 +83,7 @@ def check_refusal(code: int, capsys: pytest.CaptureFixture[str], *words: str) ->
 
 
 def command(ranks: int, folder: Path, **keys: Any) -> list[str]:
-    values = DISTRIBUTED | {k.replace("_", "-"): v for k, v in keys.items()} | {"output-dir": folder}
+    values = DISTRIBUTED | dashed(keys) | {"output-dir": folder}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return [sys.executable, *launcher, str(ROOT / "train.py"), *flags(values)]
 

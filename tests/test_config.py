@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from runs import dashed
 
 from trainer import schedules
 from trainer.config import Config, ConfigError, differing_keys, load_recipe, make_config, parse_args
@@ -57,7 +58,7 @@ CONTRACT = [
 
 
 def config(**keys: object) -> Config:
-    return make_config(BASE | {key.replace("_", "-"): value for key, value in keys.items()})
+    return make_config(BASE | dashed(keys))
 
 
 def test_every_key_of_the_contract_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:

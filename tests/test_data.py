@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import dashed
 
 from trainer import data
 from trainer.config import Config, ConfigError, make_config
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 
 def digits(**keys: object) -> Config:
     values = {"dataset": "digits", "student": "wrn-10-1"}
-    return make_config(values | {key.replace("_", "-"): value for key, value in keys.items()})
+    return make_config(values | dashed(keys))
 
 
 def fake_set(

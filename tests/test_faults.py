@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ROOT, SMALL, flags, make_folders, metrics
+from runs import ROOT, SMALL, dashed, flags, make_folders, metrics
 from torch.utils.tensorboard import SummaryWriter
 
 import train
@@ -29,7 +29,7 @@ KEYS = {**SMALL, "device": "cpu", "epochs": 2, "checkpoint-every": 1}  # 8 steps
 
 
 def run(folder: Path, **keys: Any) -> int:
-    values = KEYS | {key.replace("_", "-"): value for key, value in keys.items()} | {"output-dir": folder}
+    values = KEYS | dashed(keys) | {"output-dir": folder}
     return train.main(flags(values))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import CLASSES, make_folders, picture
+from runs import CLASSES, dashed, make_folders, picture
 from torch import Tensor
 
 from trainer.config import Config, ConfigError, make_config
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def config(root: Path, **keys: object) -> Config:
     values = {"dataset": "imagefolder", "data-dir": root, "student": "wrn-10-1", "image-size": 16}
-    return make_config(values | {key.replace("_", "-"): value for key, value in keys.items()})
+    return make_config(values | dashed(keys))
 
 
 def batches(dataset: folders.FileSet, parts: list[slice], seed: int = 0, epoch: int = 0) -> list[Tensor]:

@@ -12,8 +12,10 @@ import runs
 import test_importers
 import torch
 import torch.nn.functional as F
+import truth
 import yaml
-from runs import SMALL, check_refusal, check_same, flags, metrics, run
+from cases import exact
+from runs import SMALL, check_refusal, check_same, dashed, flags, metrics, run
 from torch import Tensor, nn
 
 import models
@@ -137,30 +139,17 @@ def test_training_step_against_a_plain_loop(method: str, teacher: Path, tmp_path
             torch.testing.assert_close(after, expected, rtol=1e-2, atol=1e-3, msg=name)
 
 
-def attention_by_hand(config: Config, feature: Tensor) -> Tensor:
-    """(B, H * W)."""
-    powers = feature.double().abs().pow(config.p)
-    flat = (powers.sum(1) if config.mapping == "sum" else powers.amax(1)).flatten(1)
-    order = {"l2": 2, "l1": 1}.get(config.normalize)
-    return flat / torch.linalg.vector_norm(flat, order, dim=1, keepdim=True) if order else flat
+def exact_attention(config: Config, students: list[Tensor], teachers: list[Tensor]) -> float:
+    """Before beta."""
+    options = {"mapping": config.mapping, "distance": config.distance, "norm_order": config.norm_order}
+    normalize = None if config.normalize == "none" else config.normalize
+    feats = [[exact(feat) for feat in side] for side in (students, teachers)]
+    return float(truth.attention_loss(*feats, config.p, normalize=normalize, **options).values.sum())
 
 
-def attention_loss_by_hand(config: Config, students: list[Tensor], teachers: list[Tensor]) -> float:
-    total = 0.0
-    for s, t in zip(students, teachers, strict=True):
-        difference = attention_by_hand(config, s) - attention_by_hand(config, t)
-        if config.distance == "mse":
-            total += difference.square().mean().item()
-        else:
-            total += difference.abs().pow(config.norm_order).sum(1).pow(1 / config.norm_order).mean().item()
-    return total
-
-
-def distillation_by_hand(config: Config, logits: Tensor, teachers: Tensor, labels: Tensor) -> float:
-    student, teacher = ((x / config.temperature).double().softmax(1) for x in (logits, teachers))
-    soft = (teacher * (teacher / student).log()).sum(1).mean().item()
-    hard = -logits.double().softmax(1)[range(len(labels)), labels].log().mean().item()
-    return config.alpha * config.temperature**2 * soft + (1 - config.alpha) * hard
+def exact_distillation(config: Config, logits: Tensor, teachers: Tensor, labels: Tensor) -> float:
+    both = exact(logits), exact(teachers)
+    return truth.distillation(*both, labels.numpy(), config.temperature, config.alpha)[0]
 
 
 @pytest.mark.parametrize(
@@ -197,8 +186,8 @@ def test_options_of_attention_and_distillation_reach_the_loss(keys: dict[str, An
     compared = slice(2, 3) if "taps" in keys else slice(3)
 
     def expected(config: Config, compared: slice) -> list[float]:
-        at = config.beta / 2 * attention_loss_by_hand(config, students[compared], teachers[compared])
-        return [at, distillation_by_hand(config, logits, t_logits, labels)]
+        at = config.beta / 2 * exact_attention(config, students[compared], teachers[compared])
+        return [at, exact_distillation(config, logits, t_logits, labels)]
 
     found = [losses.at.item(), losses.kd.item()]
     assert found == pytest.approx(expected(config, compared), rel=1e-5)
@@ -220,8 +209,8 @@ def test_metrics_are_means_over_the_images(teacher: Path, tmp_path: Path) -> Non
     ((images, labels),) = dataset.training_batches(0, 0, [slice(0, 40)])
     with torch.no_grad():
         (logits, students), (t_logits, teachers) = groups(plain, images), groups(guide, images)
-    at = config.beta * attention_loss_by_hand(config, students, teachers)
-    kd = distillation_by_hand(config, logits, t_logits, labels)
+    at = config.beta * exact_attention(config, students, teachers)
+    kd = exact_distillation(config, logits, t_logits, labels)
     for line, step in zip(metrics(tmp_path / "run"), (2, 5), strict=True):  # the last of an epoch
         assert line["lr"] == pytest.approx(1e-30 * (1 + math.cos(math.pi * step / 6)) / 2, abs=0)
         assert line["at_loss"] == pytest.approx(at, rel=1e-4)
@@ -403,7 +392,7 @@ def test_interrupted_run_is_the_same_run(method: str, teacher: Path, tmp_path: P
 def test_any_number_of_ranks_trains_the_same(method: str, teacher: Path, tmp_path: Path) -> None:
     """Double backward and regressors under DDP, with BatchNorm frozen, from before the term begins."""
     keys = keys_of(method, teacher) | {"at_start_epoch": 1, "beta": 3}
-    values = runs.DISTRIBUTED | {k.replace("_", "-"): v for k, v in keys.items()}
+    values = runs.DISTRIBUTED | dashed(keys)
     assert train.main(flags(values | {"output-dir": tmp_path / "1"})) == 0
     done = runs.launch(2, tmp_path / "2", **keys)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
-from runs import ROOT, SMALL, check_refusal, check_same, flags, metrics, run
+from runs import ROOT, SMALL, check_refusal, check_same, dashed, flags, metrics, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
@@ -184,7 +184,7 @@ def test_the_seed_alone_decides_the_first_weights(method: str, teacher: Path, tm
         torch.manual_seed(seed)
         expected = models.create("wrn-10-1").state_dict()
         torch.randn(3)
-        keys = {key.replace("_", "-"): value for key, value in at_kd(teacher).items()}
+        keys = dashed(at_kd(teacher))
         keys |= {"method": method, "seed": seed, "output-dir": tmp_path}
         found = engine.Run(make_config(SMALL | keys), Ranks(0, 1, CPU)).student.state_dict()
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -271,7 +271,7 @@ def test_the_teacher_is_fixed(
 ) -> None:
     """Also where a run continues, which does not test it again: its BatchNorms must never learn."""
     monkeypatch.setattr(distributed.StopRequest, "poll", lambda self: signal.SIGTERM)
-    keys = {key.replace("_", "-"): value for key, value in at_kd(teacher).items()} | {"method": method}
+    keys = dashed(at_kd(teacher)) | {"method": method}
     keys |= {"limit-train": 24, "batch-size": 8, "limit-test": 10, "output-dir": tmp_path / "run"}
     weights = torch.load(teacher / "model.pt", weights_only=True)
     for step in (0, 1):
@@ -306,7 +306,7 @@ def test_passes_are_in_the_chosen_precision_and_layout(
     amp: str, dtype: torch.dtype, layout: torch.memory_format, teacher: Path, tmp_path: Path
 ) -> None:
     """Of both networks, in training as in tests."""
-    keys = {key.replace("_", "-"): value for key, value in at_kd(teacher).items()}
+    keys = dashed(at_kd(teacher))
     keys |= {"amp": amp, "channels-last": layout is torch.channels_last, "output-dir": tmp_path}
     run = engine.Run(make_config(SMALL | keys | {"limit-test": 4}), Ranks(0, 1, CPU))
     seen: list[tuple[torch.dtype, bool]] = []
@@ -464,7 +464,7 @@ def test_a_step_waits_for_nothing(
     method: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host runs ahead of a GPU. Left out: the watch (there of the step before), the CPU kernel."""
-    keys = {k.replace("_", "-"): v for k, v in at_kd(teacher).items()} | {"method": method, "accumulate": 2}
+    keys = dashed(at_kd(teacher)) | {"method": method, "accumulate": 2}
     keys |= {"backend": "reference"}
     config = make_config(SMALL | keys | {"output-dir": tmp_path / "run"})
     run = engine.Run(config, Ranks(0, 1, CPU))
@@ -617,7 +617,7 @@ def test_command_line_exits() -> None:
 
 
 def start(folder: Path, **keys: Any) -> subprocess.Popen[str]:
-    values = SMALL | {k.replace("_", "-"): v for k, v in keys.items()} | {"output-dir": folder}
+    values = SMALL | dashed(keys) | {"output-dir": folder}
     command = [sys.executable, str(ROOT / "train.py"), *flags(values)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
