@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +129,40 @@ def test_printed_config_reads_back_as_itself(tmp_path: Path) -> None:
 def test_flag_values(flags: list[str], key: str, value: object) -> None:
     found, _ = parse_args(["--dataset", "digits", "--student", "wrn-10-1", *flags])
     assert getattr(found, key) == value
+
+
+@pytest.mark.parametrize(
+    "capabilities, expected",
+    [
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, "none"),
+        ({"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}, "bf16"),
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, "bf16"),
+        ({"architecture": "arm64", "neon": True, "bf16": True}, "bf16"),
+        ({"architecture": "arm64", "neon": True, "bf16": False}, "none"),
+    ],
+)
+def test_amp_auto_is_bf16_on_processors_made_for_it(
+    capabilities: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    keys = {"amp": "auto", "device": "cpu"}
+    assert config(**keys).amp == expected
+    assert yaml.safe_load(config(**keys).to_yaml())["amp"] == expected  # a run is continued as it was begun
+    assert config(**keys, precision="fp64").amp == "none"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert config(**keys).amp == "none"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_amp_auto_is_bf16_on_gpus_made_for_it(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not native})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
+    )
+    for device in ("auto", "cuda"):
+        assert config(amp="auto", device=device).amp == ("bf16" if native else "none")
+    assert config(amp="auto", device="cpu").amp == ("none" if native else "bf16")
 
 
 AT = {"teacher": "wrn-10-2", "teacher-checkpoint": "t.pt"}

@@ -47,7 +47,9 @@ def finish(job: Job, error: float, **summary: float) -> None:
 # --- the plan -----------------------------------------------------------------------------------------
 
 
-def test_jobs_of_a_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("native, amp", [(True, "bf16"), (False, "none")])
+def test_jobs_of_a_row(native: bool, amp: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.config.computes_bf16", lambda cuda: native)
     jobs = plan(tmp_path).jobs
     names = [job.name for job in jobs]
     cells = ("at", "hints", "kd", "at-kd")
@@ -55,7 +57,7 @@ def test_jobs_of_a_row(tmp_path: Path) -> None:
     assert names == [TEACHER, STUDENT, *seed0, "table1/wrn-16-1/seed1", *seed1]
     for job in jobs:
         config = job.config
-        assert (config.lr_schedule, config.amp, config.epochs, config.lr) == ("onecycle", "bf16", 12, 0.2)
+        assert (config.lr_schedule, config.amp, config.epochs, config.lr) == ("onecycle", amp, 12, 0.2)
         assert (config.seed, config.data_dir) == (int(job.name[-1]), tmp_path / "data")
         assert job.folder == tmp_path / "short" / job.name
         if config.method != "none":

@@ -287,9 +287,18 @@ def test_the_teacher_is_fixed(
         torch.testing.assert_close(guide.state_dict(), weights, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_autocast_trains(amp: str, teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("amp, native", [("bf16", True), ("bf16", False), ("fp16", False)])
+def test_autocast_trains(
+    amp: str,
+    native: bool,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(engine, "computes_bf16", lambda cuda: native)
     assert run(tmp_path / "run", **at_kd(teacher), amp=amp, epochs=1, limit_train=72, limit_test=20) == 0
+    assert ("amp bf16 is slow here" in capsys.readouterr().out) == (amp == "bf16" and not native)
     (line,) = metrics(tmp_path / "run")
     assert np.isfinite(line["train_loss"])
     saved = torch.load(tmp_path / "run/model.pt", weights_only=True)
@@ -643,7 +652,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 @pytest.mark.slow
 def test_killed_run_resumes_bit_exactly(teacher: Path, tmp_path: Path) -> None:
     """SIGKILL in mid-epoch, twice, then SIGTERM: weights and metrics are an undisturbed run's, bitwise."""
-    keys = at_kd(teacher) | {"epochs": 16, "amp": "bf16", "checkpoint_every": 3}
+    keys = at_kd(teacher) | {"epochs": 16, "checkpoint_every": 3}
     assert run(tmp_path / "whole", **keys | {"checkpoint_every": 0}) == 0
     folder = tmp_path / "killed"
     for step, number in ((6, signal.SIGKILL), (17, signal.SIGKILL), (25, signal.SIGTERM)):

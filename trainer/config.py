@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 import yaml
 from pydantic import (
     BaseModel,
@@ -35,6 +36,14 @@ class ConfigError(ValueError):
 
 class RankError(ConfigError):
     """One that may occur on a single rank, which then prints it."""
+
+
+def computes_bf16(cuda: bool) -> bool:
+    """Whether the GPU or the processor has instructions for bf16, which is far slower than fp32 without."""
+    if cuda:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch: none
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: ARM's
 
 
 class Config(BaseModel):
@@ -126,8 +135,8 @@ class Config(BaseModel):
 
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of weights, data order and augmentation"""
-    amp: Literal["none", "bf16", "fp16"] = "none"
-    """autocast dtype"""
+    amp: Literal["none", "bf16", "fp16", "auto"] = "none"
+    """autocast dtype; auto becomes bf16 on devices with instructions for it, else none"""
     precision: Literal["fp32", "fp64"] = "fp32"
     """arithmetic without autocast: fp32 (TF32 in a GPU's convolutions), or fp64, to compare last digits"""
     channels_last: bool = False
@@ -222,6 +231,10 @@ class Config(BaseModel):
                 raise ValueError(f"dataset {self.dataset} needs data-dir")
         if self.skip_nonfinite and self.amp == "fp16":
             raise ValueError("skip-nonfinite is not for amp fp16, whose loss scaling skips such steps itself")
+        if self.amp == "auto":
+            object.__setattr__(
+                self, "amp", "bf16" if self.precision == "fp32" and computes_bf16(self.uses_cuda) else "none"
+            )
         if self.precision == "fp64" and self.amp != "none":
             raise ValueError(f"precision fp64 and amp {self.amp} contradict each other")
         if self.cuda_graphs and not self.compile:
@@ -249,6 +262,10 @@ class Config(BaseModel):
                 if chosen:
                     raise ValueError(f"method {self.method} cannot be combined with {what}")
         return self
+
+    @property
+    def uses_cuda(self) -> bool:
+        return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
 
     @property
     def uses_at(self) -> bool:

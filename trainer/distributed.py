@@ -67,7 +67,7 @@ def ranks(config: Config) -> Iterator[Ranks]:
     and would wait, holding the GIL, for gloo's threads, which may want the GIL (seen in torch 2.13: one run
     in ten never ended).
     """
-    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    cuda = config.uses_cuda
     if cuda and not torch.cuda.is_available():
         raise ConfigError("device cuda: there is no CUDA device here")
     try:
