@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +96,52 @@ def command(ranks: int, folder: Path, **keys: Any) -> list[str]:
 def launch(ranks: int, folder: Path, **keys: Any) -> subprocess.CompletedProcess[str]:
     line = command(ranks, folder, **keys)
     return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def in_a_child(work: Callable[[], int]) -> int:
+    """A forked process, which spares every run the imports; its number."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(work())
+        finally:
+            os._exit(99)
+    return child
+
+
+def code_of(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def fork_ranks(
+    ranks: int, folder: Path, main: Callable[[list[str]], int] = train.main, **keys: Any
+) -> subprocess.CompletedProcess[str]:
+    """What `launch` does, sooner: without torchrun and the imports."""
+    words = flags(DISTRIBUTED | dashed(keys) | {"output-dir": folder})
+    port = free_port()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+
+        def work(rank: int) -> int:
+            signal.alarm(300)
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ |= {name: str(value) for name, value in (numbers | address).items()}
+            sys.stdout, sys.stderr = out, err
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            code = main(words)
+            out.flush()
+            return code
+
+        children = [in_a_child(partial(work, rank)) for rank in range(ranks)]
+        codes = [code_of(child) for child in children]
+        texts = [file.seek(0) or file.read() for file in (out, err)]
+    return subprocess.CompletedProcess(words, next(filter(None, codes), 0), *texts)
 
 
 def results(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:

@@ -12,12 +12,11 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import ENVIRONMENT, ROOT, SMALL, check_same, command, flags
+from runs import ENVIRONMENT, ROOT, SMALL, check_same, code_of, command, flags, fork_ranks, in_a_child
 
 import train
 
@@ -42,21 +41,6 @@ def whole(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert train.main(flags(keys | {"output-dir": folder})) == 0
     return folder
-
-
-def in_a_child(work: Callable[[], int]) -> int:
-    """A forked process, which spares every run the imports; its number."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(work())
-        finally:
-            os._exit(99)
-    return child
-
-
-def code_of(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def fatal(target: str, call: int) -> None:
@@ -143,8 +127,7 @@ def workers_of(launcher: int) -> list[int]:
 def test_a_rank_is_killed_under_elastic_restart(tmp_path: Path) -> None:
     """torchrun starts both ranks again, and they continue by themselves."""
     options = {"epochs": 30, "freeze_bn": "false", "checkpoint_every": 3}
-    undisturbed = command(2, tmp_path / "whole", **options)
-    assert subprocess.run(undisturbed, cwd=ROOT, env=ENVIRONMENT, capture_output=True).returncode == 0
+    assert fork_ranks(2, tmp_path / "whole", **options).returncode == 0
     folder, kills, draw = tmp_path / "run", 2 * SOAK, random.Random(1)
     line = command(2, folder, **options)
     line.insert(line.index("--standalone"), f"--max-restarts={kills}")

@@ -394,7 +394,7 @@ def test_any_number_of_ranks_trains_the_same(method: str, teacher: Path, tmp_pat
     keys = keys_of(method, teacher) | {"at_start_epoch": 1, "beta": 3}
     values = runs.DISTRIBUTED | dashed(keys)
     assert train.main(flags(values | {"output-dir": tmp_path / "1"})) == 0
-    done = runs.launch(2, tmp_path / "2", **keys)
+    done = runs.fork_ranks(2, tmp_path / "2", **keys)
     assert done.returncode == 0, done.stderr
     (alone_lines, alone), (lines, weights) = (runs.results(tmp_path / n) for n in ("1", "2"))
     for name, expected in alone.items():

@@ -630,7 +630,9 @@ def test_a_failure_costs_what_needs_it_only(
 def test_a_signal_stops_the_trainings_which_continue_later(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tiny / "teacher.yaml").write_text("dataset: digits\nlimit-test: 50\nepochs: 40\nstudent: wrn-10-1\n")
+    (tiny / "teacher.yaml").write_text(
+        "dataset: digits\nlimit-train: 256\nlimit-test: 50\nepochs: 40\nstudent: wrn-10-1\n"
+    )
     code = (
         "import sys\nfrom pathlib import Path\nfrom benchmarks import paper, paper_plan\n"
         f"paper_plan.RECIPES = Path({str(tiny)!r})\npaper_plan.TABLES['tiny'] = {TINY!r}\n"

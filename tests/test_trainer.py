@@ -436,7 +436,7 @@ def test_compiled_run_learns_the_same(teacher: Path, tmp_path: Path, monkeypatch
     mark = torch.compiler.cudagraph_mark_step_begin
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: passes.append(mark()))
     keys = at_kd(teacher) | {"limit_train": 64, "batch_size": 32, "accumulate": 2, "epochs": 2, "lr": 0.01}
-    keys |= {"limit_test": 60, "test_batch_size": 40}
+    keys |= {"limit_test": 32, "test_batch_size": 16}  # batches of one size, to compile once
     variants = {"plain": {}, "compiled": {"compile": "true"}}
     variants["graphs"] = variants["compiled"] | {"cuda_graphs": "true"}
     losses = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import time
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import DISTRIBUTED, ENVIRONMENT, ROOT, command, flags, launch, make_folders, results
+from runs import DISTRIBUTED, ENVIRONMENT, ROOT, command, flags, fork_ranks, launch, make_folders, results
+from torch.nn.parallel import DistributedDataParallel
 
 import train
 
@@ -34,10 +36,9 @@ def test_any_number_of_ranks_trains_the_same(
     keys = {"method": "at+kd", "teacher": "wrn-10-2", "teacher_checkpoint": trained["wrn-10-2"]}
     keys |= {"pretrained": trained["wrn-10-1"], "precision": precision, "epochs": 5}
     for ranks in (1, 2, 4):
-        done = launch(ranks, tmp_path / str(ranks), **keys)
+        done = fork_ranks(ranks, tmp_path / str(ranks), **keys)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("epoch 5/5") == 1  # one rank speaks
-        assert "FutureWarning" not in done.stderr
     alone_lines, alone = results(tmp_path / "1")
     start = torch.load(trained["wrn-10-1"], weights_only=True)
     moved = max((alone[name] - start[name]).abs().max().item() for name in alone)
@@ -57,8 +58,9 @@ def test_any_number_of_ranks_trains_the_same(
 def test_compiled_ranks_train_the_same(trained: dict[str, Path], tmp_path: Path) -> None:
     keys = {"method": "at", "teacher": "wrn-10-2", "teacher_checkpoint": trained["wrn-10-2"]}
     keys |= {"pretrained": trained["wrn-10-1"], "limit_train": 128}
-    for ranks, compiled in ((1, "false"), (2, "true")):
-        done = launch(ranks, tmp_path / compiled, **keys, compile=compiled)
+    keys |= {"limit_test": 64, "test_batch_size": 32}  # batches of one size, to compile once
+    for start, ranks, compiled in ((fork_ranks, 1, "false"), (launch, 2, "true")):
+        done = start(ranks, tmp_path / compiled, **keys, compile=compiled)
         assert done.returncode == 0, done.stderr
     (lines, weights), (expected_lines, expected) = (results(tmp_path / name) for name in ("true", "false"))
     for name in expected:
@@ -70,7 +72,7 @@ def test_compiled_ranks_train_the_same(trained: dict[str, Path], tmp_path: Path)
 def test_stopped_ranks_resume_together(tmp_path: Path) -> None:
     """SIGTERM to the launcher, and the continuation by as many ranks is bitwise the undisturbed run."""
     keys = {"epochs": 25, "freeze_bn": "false", "checkpoint_every": 3}
-    whole = launch(2, tmp_path / "whole", **keys)
+    whole = fork_ranks(2, tmp_path / "whole", **keys)
     assert whole.returncode == 0, whole.stderr
     folder = tmp_path / "stopped"
     quiet = subprocess.DEVNULL
@@ -86,6 +88,7 @@ def test_stopped_ranks_resume_together(tmp_path: Path) -> None:
     resumed = launch(2, folder, **keys)
     assert resumed.returncode == 0, resumed.stderr
     assert "continuing from step" in resumed.stdout
+    assert "FutureWarning" not in resumed.stderr
     assert (folder / "model.pt").read_bytes() == (tmp_path / "whole/model.pt").read_bytes()
     timing = {"seconds", "images_per_second"}
     first, second = (
@@ -101,7 +104,7 @@ def test_each_rank_resumes_with_its_own_statistics(tmp_path: Path) -> None:
     keys = {"method": "min-l2", "gradient_bn": "running", "freeze_bn": "false", "lr": 0.01}
     keys |= {"checkpoint_every": 1}
     for folder, steps in (("whole", None), ("stopped", 3), ("stopped", 6), ("stopped", None)):
-        done = launch(2, tmp_path / folder, **keys, **({"max_steps": steps} if steps else {}))
+        done = fork_ranks(2, tmp_path / folder, **keys, **({"max_steps": steps} if steps else {}))
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "stopped/model.pt").read_bytes() == (tmp_path / "whole/model.pt").read_bytes()
 
@@ -124,7 +127,7 @@ def test_ranks_agree_on_what_they_could_not_read(broken: list[str], message: str
         (images / "val" / f"{name}.png").write_bytes(b"")
     keys = {"dataset": "imagefolder", "data_dir": images, "image_size": 16, "batch_size": 4, "epochs": 1}
     keys |= {"limit_train": 12, "limit_test": 9, "max_unreadable": 1 if len(broken) == 2 else 20}
-    done = launch(2, tmp_path / "run", **keys)
+    done = fork_ranks(2, tmp_path / "run", **keys)
     assert done.returncode
     lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
     assert len(lines) == 1
@@ -133,7 +136,7 @@ def test_ranks_agree_on_what_they_could_not_read(broken: list[str], message: str
 
 @pytest.mark.slow
 def test_a_tail_smaller_than_the_ranks_is_refused(tmp_path: Path) -> None:
-    done = launch(4, tmp_path / "run", limit_train=130)
+    done = fork_ranks(4, tmp_path / "run", limit_train=130)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
     assert lines == ["train.py: error: a batch of 2 images (of 130 by 64) cannot be shared by 4 ranks"]
@@ -144,28 +147,20 @@ def test_a_tail_smaller_than_the_ranks_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keys, code", [({}, 0), ({"lr": 1e30}, 1)], ids=["finished", "diverged"])
 def test_ddp_is_gone_before_the_ranks_part(keys: dict[str, Any], code: int, tmp_path: Path) -> None:
     """Otherwise a run now and then never ends: see `trainer.distributed.ranks`."""
-    script = tmp_path / "watched.py"
-    script.write_text(
-        f"""
-import gc, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-import train
+    destroy = torch.distributed.destroy_process_group
 
-destroy = dist.destroy_process_group
+    def watched() -> None:
+        ddp = [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]
+        print("alive:", len(ddp))
+        destroy()
 
-def watched():
-    print("alive:", sum(type(thing) is DistributedDataParallel for thing in gc.get_objects()))
-    destroy()
+    def main(words: list[str]) -> int:
+        torch.distributed.destroy_process_group = watched
+        code = train.main(words)
+        print("code:", code)
+        return code
 
-dist.destroy_process_group = watched
-print("code:", train.main(sys.argv[1:]))
-"""
-    )
-    line = command(2, tmp_path / "run", limit_train=64, epochs=2, **keys)
-    line[line.index(str(ROOT / "train.py"))] = str(script)
-    done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = fork_ranks(2, tmp_path / "run", main, limit_train=64, epochs=2, **keys)
     assert done.stdout.count("alive: 0") == 2, done.stdout + done.stderr
     assert done.stdout.count(f"code: {code}") == 2
 

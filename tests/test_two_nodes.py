@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from runs import ENVIRONMENT, ROOT, command, launch
+from runs import ENVIRONMENT, ROOT, command, fork_ranks, free_port
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,6 @@ def namespaces() -> Iterator[list[Node]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def rendezvous(kind: str, number: int, nodes: list[Node], port: int) -> list[str]:
     first = nodes[0].address
     if kind == "static":
@@ -104,7 +97,7 @@ def train_on(nodes: list[Node], kind: str, folder: Path, **keys: object) -> list
 def together(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The weights that two ranks under one agent train."""
     folder = tmp_path_factory.mktemp("together")
-    done = launch(2, folder, epochs=1, freeze_bn="false")
+    done = fork_ranks(2, folder, epochs=1, freeze_bn="false")
     assert done.returncode == 0, done.stderr
     return (folder / "model.pt").read_bytes()
 
