@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.at_fused-ready# made by a complete, ordinary install only: anything less is tried again
 TOOLS := $(VENV)/.tools-ready
-PARALLEL := -q -n auto --dist loadfile --benchmark-disable# a file's tests share what it trains
+PARALLEL := -q -n auto --benchmark-disable --dist# and how to share the tests
 CODE := at_fused models trainer train.py benchmarks examples
 INPUTS := pyproject.toml setup.py at_fused/__init__.py $(shell find csrc -type f 2>/dev/null)
 
@@ -47,12 +47,13 @@ $(TOOLS): pyproject.toml | $(READY)
 INTERPRETED := $(patsubst %,tests/test_%.py,attention_map attention_loss compositions properties) \
 	-k 'triton or test_properties'
 
+# A file's tests share what they train: all of them go to one process.
 test: $(READY) $(TOOLS) ## run every test
 	@echo "[test] pytest"
-	@$(BIN)/python -m pytest $(PARALLEL)
+	@$(BIN)/python -m pytest $(PARALLEL) loadfile
 	@if $(BIN)/python -c 'import triton' 2> /dev/null; then \
 		echo "[test] pytest in Triton's interpreter"; \
-		TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED); fi
+		TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) worksteal $(INTERPRETED); fi
 
 demo: setup ## train a teacher, a student and a student with attention transfer on digits
 	@$(BIN)/python examples/demo.py
@@ -95,7 +96,7 @@ sanitize: $(READY) $(TOOLS) ## run the library's tests on a build with AddressSa
 		$(PIP) install -qq --no-deps --no-build-isolation --target $(SANITIZED) .
 	@echo "[sanitize] pytest"
 	@PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/pytest -q tests/test_attention_map.py tests/test_attention_loss.py
+		$(BIN)/pytest $(PARALLEL) worksteal tests/test_attention_map.py tests/test_attention_loss.py
 	@echo "[sanitize] CUDA kernels on the CPU"
 	@for kinds in address,undefined thread; do \
 		driver=$$($(BIN)/python tests/simt/build.py attention_driver $$kinds) && "$$driver" || exit 1; done
