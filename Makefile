@@ -6,7 +6,8 @@ TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Modules are compiled when they are first imported, which most never are.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 READY := $(VENV)/.at_fused-ready# made by a complete, ordinary install only: anything less is tried again
 TOOLS := $(VENV)/.tools-ready
 PARALLEL := -q -n auto --benchmark-disable --dist# and how to share the tests
@@ -29,18 +30,18 @@ $(BIN)/python:
 
 $(READY): $(INPUTS) | $(BIN)/python
 	@echo "[setup] $(TORCH)"
-	@$(PIP) install -qq $(TORCH)
+	@$(INSTALL) -qq $(TORCH)
 	@echo "[setup] $(TORCHVISION), build tools"
-	@$(PIP) install -qq $(TORCHVISION) 'setuptools>=77' wheel ninja
+	@$(INSTALL) -qq $(TORCHVISION) 'setuptools>=77' wheel ninja
 	@echo "[setup] at_fused"
-	@$(PIP) install -v --no-build-isolation -e '.[train]' > $(VENV)/install.log 2>&1 \
+	@$(INSTALL) -v --no-build-isolation -e '.[train]' > $(VENV)/install.log 2>&1 \
 		|| { tail -n 30 $(VENV)/install.log; echo "[setup] failed; the whole log: $(VENV)/install.log"; exit 1; }
 	@sed -n 's/^ *\(at_fused: .*\)/[setup] \1/p' $(VENV)/install.log
 	@grep -q 'at_fused: installing without' $(VENV)/install.log || touch $@
 
 $(TOOLS): pyproject.toml | $(READY)
 	@echo "[setup] tools for tests, examples and documentation"
-	@$(PIP) install -qq --no-build-isolation -e '.[train,dev,examples,docs]'
+	@$(INSTALL) -qq --no-build-isolation -e '.[train,dev,examples,docs]'
 	@touch $@
 
 # The suite's tests of the Triton backend, whose interpreter, once asked for, serves every CPU tensor.
@@ -93,7 +94,7 @@ sanitize: $(READY) $(TOOLS) ## run the library's tests on a build with AddressSa
 	@echo "[sanitize] build"
 	@rm -rf $(SANITIZED)
 	@AT_FUSED_SANITIZE=address,undefined AT_FUSED_REQUIRE_EXTENSION=1 \
-		$(PIP) install -qq --no-deps --no-build-isolation --target $(SANITIZED) .
+		$(INSTALL) -qq --no-deps --no-build-isolation --target $(SANITIZED) .
 	@echo "[sanitize] pytest"
 	@PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/pytest $(PARALLEL) worksteal tests/test_attention_map.py tests/test_attention_loss.py

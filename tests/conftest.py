@@ -9,7 +9,7 @@ from typing import Any
 import partial
 import pytest
 import torch
-from wheels import tree  # noqa: F401 (a fixture)
+from wheels import quick_compiler, tree  # noqa: F401 (fixtures)
 
 import at_fused
 

@@ -87,7 +87,7 @@ def test_both_do_the_same_work(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 def test_compiled_and_with_graphs() -> None:
     """What a GPU is asked, here without one."""
-    row = trainer_suite.measure(replace(TOY_AT, compile=True, cuda_graphs=True), None, 1)
+    row = trainer_suite.measure(replace(TOY, compile=True, cuda_graphs=True), None, 1)
     assert (row["compile"], row["cuda_graphs"]) == (True, True)
     assert row["ratio"] > 0
 

@@ -126,7 +126,7 @@ def workers_of(launcher: int) -> list[int]:
 
 def test_a_rank_is_killed_under_elastic_restart(tmp_path: Path) -> None:
     """torchrun starts both ranks again, and they continue by themselves."""
-    options = {"epochs": 30, "freeze_bn": "false", "checkpoint_every": 3}
+    options = {"epochs": 16, "freeze_bn": "false", "checkpoint_every": 3}
     assert fork_ranks(2, tmp_path / "whole", **options).returncode == 0
     folder, kills, draw = tmp_path / "run", 2 * SOAK, random.Random(1)
     line = command(2, folder, **options)

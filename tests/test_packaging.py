@@ -182,8 +182,9 @@ def test_build_gives_a_pure_wheel_that_works(tmp_path: Path) -> None:
 
 @needs_compiler
 @pytest.mark.slow
-def test_build_gives_a_wheel_with_the_library_that_works(tmp_path: Path) -> None:
-    _, wheel = build_distributions(tmp_path, AT_FUSED_REQUIRE_EXTENSION="1", AT_FUSED_CUDA="0")
+def test_build_gives_a_wheel_with_the_library_that_works(tmp_path: Path, quick_compiler: str) -> None:
+    variables = {"AT_FUSED_REQUIRE_EXTENSION": "1", "AT_FUSED_CUDA": "0", "CXX": quick_compiler}
+    _, wheel = build_distributions(tmp_path, **variables)
     assert not wheel.name.endswith("-any.whl")
     assert "cpu" in smoke(install(wheel, tmp_path / "environment"), tmp_path)
 

@@ -57,8 +57,9 @@ def test_any_number_of_ranks_trains_the_same(
 @pytest.mark.slow
 def test_compiled_ranks_train_the_same(trained: dict[str, Path], tmp_path: Path) -> None:
     keys = {"method": "at", "teacher": "wrn-10-2", "teacher_checkpoint": trained["wrn-10-2"]}
-    keys |= {"pretrained": trained["wrn-10-1"], "limit_train": 128}
-    keys |= {"limit_test": 64, "test_batch_size": 32}  # batches of one size, to compile once
+    keys |= {"pretrained": trained["wrn-10-1"], "channels_last": "true"}
+    # Sizes of test_trainer's compiled run, so that the compiler's cache may serve both.
+    keys |= {"limit_train": 64, "batch_size": 32, "limit_test": 32, "test_batch_size": 16}
     for start, ranks, compiled in ((fork_ranks, 1, "false"), (launch, 2, "true")):
         done = start(ranks, tmp_path / compiled, **keys, compile=compiled)
         assert done.returncode == 0, done.stderr
@@ -71,7 +72,7 @@ def test_compiled_ranks_train_the_same(trained: dict[str, Path], tmp_path: Path)
 @pytest.mark.slow
 def test_stopped_ranks_resume_together(tmp_path: Path) -> None:
     """SIGTERM to the launcher, and the continuation by as many ranks is bitwise the undisturbed run."""
-    keys = {"epochs": 25, "freeze_bn": "false", "checkpoint_every": 3}
+    keys = {"epochs": 12, "freeze_bn": "false", "checkpoint_every": 3}
     whole = fork_ranks(2, tmp_path / "whole", **keys)
     assert whole.returncode == 0, whole.stderr
     folder = tmp_path / "stopped"
