@@ -100,6 +100,8 @@ def launch(ranks: int, folder: Path, **keys: Any) -> subprocess.CompletedProcess
 
 def in_a_child(work: Callable[[], int]) -> int:
     """A forked process, which spares every run the imports; its number."""
+    if torch.cuda.is_available():
+        pytest.skip("where there is CUDA, autograd's threads do not survive a fork")
     child = os.fork()
     if child == 0:
         try:
@@ -122,6 +124,8 @@ def fork_ranks(
     ranks: int, folder: Path, main: Callable[[list[str]], int] = train.main, **keys: Any
 ) -> subprocess.CompletedProcess[str]:
     """What `launch` does, sooner: without torchrun and the imports."""
+    if torch.cuda.is_available() and main is train.main:  # see `in_a_child`
+        return launch(ranks, folder, **keys)
     words = flags(DISTRIBUTED | dashed(keys) | {"output-dir": folder})
     port = free_port()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:

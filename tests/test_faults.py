@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ROOT, SMALL, dashed, flags, make_folders, metrics
+from runs import ROOT, SMALL, code_of, dashed, flags, in_a_child, make_folders, metrics
 from torch.utils.tensorboard import SummaryWriter
 
 import train
@@ -229,10 +229,7 @@ def test_the_good_checkpoint_survives_until_there_is_another(stopped: Path, monk
     flip_a_bit(stopped / checkpoint.LATEST)
     good = (stopped / checkpoint.PREVIOUS).read_bytes()
     monkeypatch.setattr(distributed.StopRequest, "poll", lambda self: os._exit(9))
-    if (child := os.fork()) == 0:
-        run(stopped)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert code_of(in_a_child(lambda: run(stopped))) == 9
     assert (stopped / checkpoint.PREVIOUS).read_bytes() == good
 
 

@@ -21,7 +21,6 @@ from runs import ENVIRONMENT, ROOT, SMALL, check_same, code_of, command, flags, 
 import train
 
 SOAK = int(os.environ.get("AT_FUSED_SOAK", "1"))
-SMALL = SMALL | {"device": "cpu"}  # CUDA does not survive a fork
 KEYS = SMALL | {"epochs": 3, "checkpoint-every": 2}  # 12 steps, 6 checkpoints
 
 pytestmark = pytest.mark.slow
