@@ -13,7 +13,7 @@ import yaml
 from runs import dashed
 
 from trainer import schedules
-from trainer.config import Config, ConfigError, differing_keys, load_recipe, make_config, parse_args
+from trainer.config import Config, ConfigError, computes, differing_keys, load_recipe, make_config, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = {"dataset": "digits", "student": "wrn-10-1"}
@@ -149,6 +149,9 @@ def test_amp_auto_is_bf16_on_processors_made_for_it(
     assert config(**keys).amp == expected
     assert yaml.safe_load(config(**keys).to_yaml())["amp"] == expected  # a run is continued as it was begun
     assert config(**keys, precision="fp64").amp == "none"
+    assert not computes("fp16", cuda=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": True})
+    assert computes("fp16", cuda=False)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert config(**keys).amp == "none"
 
@@ -163,6 +166,7 @@ def test_amp_auto_is_bf16_on_gpus_made_for_it(native: bool, monkeypatch: pytest.
     for device in ("auto", "cuda"):
         assert config(amp="auto", device=device).amp == ("bf16" if native else "none")
     assert config(amp="auto", device="cpu").amp == ("none" if native else "bf16")
+    assert computes("fp16", cuda=True)
 
 
 AT = {"teacher": "wrn-10-2", "teacher-checkpoint": "t.pt"}

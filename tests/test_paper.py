@@ -49,7 +49,7 @@ def finish(job: Job, error: float, **summary: float) -> None:
 
 @pytest.mark.parametrize("native, amp", [(True, "bf16"), (False, "none")])
 def test_jobs_of_a_row(native: bool, amp: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.config.computes_bf16", lambda cuda: native)
+    monkeypatch.setattr("trainer.config.computes", lambda amp, cuda: native)
     jobs = plan(tmp_path).jobs
     names = [job.name for job in jobs]
     cells = ("at", "hints", "kd", "at-kd")

@@ -38,12 +38,21 @@ class RankError(ConfigError):
     """One that may occur on a single rank, which then prints it."""
 
 
-def computes_bf16(cuda: bool) -> bool:
-    """Whether the GPU or the processor has instructions for bf16, which is far slower than fp32 without."""
+# What torch.cpu.get_capabilities() calls a processor's instructions for such numbers: x86's, then ARM's.
+INSTRUCTIONS = {
+    "bf16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+
+
+def computes(amp: str, cuda: bool) -> bool:
+    """Whether the GPU or the processor has instructions for `amp`: without, it is far slower than fp32."""
     if cuda:
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return amp == "fp16" or (
+            torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch: none
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: ARM's
+    return any(capabilities.get(name, False) for name in INSTRUCTIONS[amp])
 
 
 class Config(BaseModel):
@@ -233,7 +242,9 @@ class Config(BaseModel):
             raise ValueError("skip-nonfinite is not for amp fp16, whose loss scaling skips such steps itself")
         if self.amp == "auto":
             object.__setattr__(
-                self, "amp", "bf16" if self.precision == "fp32" and computes_bf16(self.uses_cuda) else "none"
+                self,
+                "amp",
+                "bf16" if self.precision == "fp32" and computes("bf16", self.uses_cuda) else "none",
             )
         if self.precision == "fp64" and self.amp != "none":
             raise ValueError(f"precision fp64 and amp {self.amp} contradict each other")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer import build, checkpoint, data, distributed, lock, reporting, resume, schedules
-from trainer.config import Config, ConfigError, computes_bf16
+from trainer.config import Config, ConfigError, computes
 from trainer.data.dataset import too_many
 from trainer.distributed import Ranks
 from trainer.objectives import Objective, describe
@@ -182,8 +182,10 @@ class Run:
             f"{self.ranks.world} x {self.ranks.device.type}"
         )
         slow = None
-        if config.amp == "bf16" and not computes_bf16(config.uses_cuda):
-            slow = "amp bf16 is slow here, without instructions for it: amp none may be ten times as fast"
+        if config.amp != "none" and not computes(config.amp, config.uses_cuda):
+            slow = (
+                f"amp {config.amp} is slow here, without instructions for it: none may be ten times as fast"
+            )
         for line in (self.start.notice, slow, *self.terms):
             if line:
                 reporter.say(line)
