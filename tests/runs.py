@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -104,10 +105,14 @@ def in_a_child(work: Callable[[], int]) -> int:
         pytest.skip("where there is CUDA, autograd's threads do not survive a fork")
     child = os.fork()
     if child == 0:
+        code = 99
         try:
-            os._exit(work())
-        finally:
-            os._exit(99)
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return child
 
 
@@ -138,9 +143,7 @@ def fork_ranks(
             sys.stdout, sys.stderr = out, err
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            code = main(words)
-            out.flush()
-            return code
+            return main(words)
 
         children = [in_a_child(partial(work, rank)) for rank in range(ranks)]
         codes = [code_of(child) for child in children]
