@@ -403,11 +403,27 @@ def test_an_empty_batch_gives_zero(distance: str, backend: str) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("norm_order", [1, 2, math.inf])
-def test_no_positions_give_zero(norm_order: float, backend: str) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, *({"distance": "norm", "norm_order": q} for q in (1, 2, math.inf))], ids=str
+)
+def test_no_positions_give_zero(options: dict, backend: str) -> None:
     student, teacher = torch.zeros(2, 2, 3, 0, 4, device=cases.device_of(backend)).unbind()
-    options = {"distance": "norm", "norm_order": norm_order, "backend": backend}
-    assert at_fused.attention_loss(student.requires_grad_(), teacher, **options).item() == 0
+    for reduction, zero in (("sum", 0.0), ("none", [0.0])):
+        loss = at_fused.attention_loss(
+            student.requires_grad_(), teacher, reduction=reduction, backend=backend, **options
+        )
+        assert loss.tolist() == zero
+
+
+@each_backend
+@pytest.mark.parametrize("normalize", ["l2", "l1"])
+def test_a_map_of_zeros_gives_nan_without_eps_and_a_number_with_it(normalize: str, backend: str) -> None:
+    s, t = (x.detach() for x in pair((2, 4, 3, 3), device=cases.device_of(backend)))
+    for feats in ((s, torch.zeros_like(t)), (torch.zeros_like(s), t)):
+        options = {"normalize": normalize, "reduction": "none", "backend": backend}
+        assert at_fused.attention_loss(*feats, eps=0.0, **options).isnan().all()
+        assert at_fused.attention_loss(*feats, **options).isfinite().all()
+    assert at_fused.attention_loss(s, t, normalize=normalize, eps=0.0, backend=backend).isfinite()
 
 
 @each_backend
