@@ -97,6 +97,14 @@ def test_shapes(shape: tuple[int, ...], mapping: str, backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("distance", ["mse", "norm"])
+def test_a_map_of_one_value(distance: str, backend: str) -> None:
+    """Unnormalised: any other is 1 everywhere, and its loss 0."""
+    s, t = pair((1, 3, 1, 1), 5, device=cases.device_of(backend))
+    check_loss([s], [t], normalize=None, distance=distance, backend=backend)
+
+
+@each_backend
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
 @pytest.mark.parametrize(
     "s_size, t_size",
