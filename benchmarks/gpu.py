@@ -161,8 +161,10 @@ class Record:
     def __init__(self, results: Path) -> None:
         self.sources = source_digest()
         self.stamps, self.logs = results / "stamps", results / "logs"
-        self.stamps.mkdir(parents=True, exist_ok=True)
-        self.logs.mkdir(exist_ok=True)
+
+    def create(self) -> None:
+        for folder in (self.stamps, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def done(self, piece: Piece) -> bool:
         return self._stamp(piece)[1] == self.sources
@@ -286,6 +288,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu: this machine has no CUDA device that torch can use", file=sys.stderr)
+        return 2
+    try:
+        record.create()
+    except OSError as error:
+        print(f"gpu: --results {results}: {error.strerror}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the running piece, too
 

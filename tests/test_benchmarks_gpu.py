@@ -147,8 +147,14 @@ def piece(name: str, code: str, **others: Any) -> gpu.Piece:
     return gpu.Piece(name, [sys.executable, "-c", code], **others)
 
 
-def test_pieces_are_run_once_and_their_failures_again(tmp_path: Path) -> None:
-    record = gpu.Record(tmp_path)
+@pytest.fixture
+def record(tmp_path: Path) -> gpu.Record:
+    made = gpu.Record(tmp_path)
+    made.create()
+    return made
+
+
+def test_pieces_are_run_once_and_their_failures_again(record: gpu.Record, tmp_path: Path) -> None:
     count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
     todo = [
         piece("good", count),
@@ -169,26 +175,26 @@ def test_pieces_are_run_once_and_their_failures_again(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "stamps").iterdir()) == ["good", "setting"]
 
 
-def test_no_piece_starts_after_the_budget(tmp_path: Path) -> None:
+def test_no_piece_starts_after_the_budget(record: gpu.Record) -> None:
     now = iter([0.0, 0.0, 50.0, 100.0])
     todo = [piece(name, "") for name in ("first", "second", "third")]
-    states = gpu.run_missing(todo, gpu.Record(tmp_path), 100, clock=lambda: next(now))
+    states = gpu.run_missing(todo, record, 100, clock=lambda: next(now))
     assert [state.split()[0] for state in states.values()] == ["done", "done", "not"]
 
 
-def test_the_budget_ends_a_piece_which_is_no_failure(tmp_path: Path) -> None:
+def test_the_budget_ends_a_piece_which_is_no_failure(record: gpu.Record) -> None:
     told: list[dict[str, str]] = []
     todo = [piece("endless", "import time; time.sleep(60)"), piece("next", "")]
-    states = gpu.run_missing(todo, gpu.Record(tmp_path), 1, finished=lambda states: told.append(dict(states)))
+    states = gpu.run_missing(todo, record, 1, finished=lambda states: told.append(dict(states)))
     assert states == {"endless": "not done within the budget", "next": "not run"}
     assert told == [{"endless": "not done within the budget"}]
 
 
-def test_a_piece_is_ended_with_all_it_started(tmp_path: Path) -> None:
+def test_a_piece_is_ended_with_all_it_started(record: gpu.Record, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    states = gpu.run_missing([piece("endless", code)], gpu.Record(tmp_path), None, limit_s=1)
+    states = gpu.run_missing([piece("endless", code)], record, None, limit_s=1)
     assert states["endless"].startswith("failed: took more than 1 s")
     time.sleep(3)
     assert not mark.exists()
@@ -232,6 +238,10 @@ def test_list_and_dry_run(tmp_path: Path, capsys) -> None:
     assert gpu.main([*command, "--dry-run"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert "--suite memory" in line
+    absent = tmp_path / "absent"
+    assert gpu.main(["--results", str(absent), "--only", "step", "--list"]) == 0
+    assert capsys.readouterr().out.split(maxsplit=1)[1] == "not run\n"
+    assert not absent.exists()
     assert gpu.main(["--results", str(tmp_path), "--only", "nothing"]) == 2
     assert "no piece 'nothing'; there are: build" in capsys.readouterr().err
 
@@ -240,6 +250,13 @@ def test_without_a_gpu_nothing_starts(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main(["--results", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "gpu: this machine has no CUDA device that torch can use\n"
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_for_results_that_cannot_be(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").touch()
+    assert gpu.main(["--results", str(tmp_path / "file"), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == f"gpu: --results {tmp_path / 'file'}: Not a directory\n"
 
 
 @pytest.mark.parametrize(
