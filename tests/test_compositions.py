@@ -230,6 +230,16 @@ def test_opcheck(mapping: str, backend: str) -> None:
         torch.library.opcheck(ops.attention_loss_forward.default, args)
 
 
+@each_fused
+def test_second_derivative_of_one_feature_beside_a_constant_one(backend: str) -> None:
+    device = cases.device_of(backend)
+    a, constant = feature(2, 3, 2, 3, device=device), feature(2, 2, 3, 3, seed=1, device=device).detach()
+    upstream = [feature(2, *x.shape[2:], seed=2, device=device).detach() for x in (a, constant)]
+    first = torch.ops.at_fused.attention_maps_backward([a, constant], upstream, None, 3.0, "sum", backend)
+    (second,) = torch.autograd.grad(first[0].sum() + first[1].sum(), a)
+    torch.testing.assert_close(second, 6 * a.detach().abs() * upstream[0].unsqueeze(1))  # of 3 A |A|
+
+
 def value_and_grads(loss_fn, s_feats: list[Tensor], t_feats: list[Tensor]) -> list[Tensor]:
     s_feats, t_feats = ([x.detach().requires_grad_() for x in feats] for feats in (s_feats, t_feats))
     loss = loss_fn(s_feats, t_feats)
