@@ -140,3 +140,100 @@ def test_bad_numbers() -> None:
     for options in ({"temperature": "4"}, {"alpha": None}):
         with pytest.raises(TypeError, match=f"{next(iter(options))} must be a real number"):
             at_fused.distillation_loss(s, t, targets, **options)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.9])
+@pytest.mark.parametrize("ignore_index", [-100, 255])
+def test_ignored_labels(alpha: float, ignore_index: int) -> None:
+    """Cross-entropy is the mean over the labelled ones; the teacher speaks of all."""
+    s, t, targets = logits(6, 5)
+    targets[[1, 4, 5]] = ignore_index
+    given = {} if ignore_index == -100 else {"ignore_index": ignore_index}
+    loss = at_fused.distillation_loss(s, t, targets, alpha=alpha, **given)
+    labelled = targets != ignore_index
+    one_hot = F.one_hot(targets[labelled], 5)
+    hard = -(one_hot * F.log_softmax(s[labelled], 1)).sum(1).mean()
+    soft = 16 * F.kl_div(F.log_softmax(s / 4, 1), F.softmax(t / 4, 1), reduction="batchmean")
+    torch.testing.assert_close(loss, alpha * soft + (1 - alpha) * hard, rtol=1e-13, atol=0)
+    if alpha == 0:
+        theirs = F.cross_entropy(s, targets, ignore_index=ignore_index)
+        torch.testing.assert_close(loss, theirs, rtol=1e-13, atol=0)
+        mine, other = (torch.autograd.grad(x, s)[0] for x in (loss, theirs))
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-16)
+
+
+def test_no_labels_at_all() -> None:
+    """Without targets, and where all are ignored, the teacher alone teaches: no NaN of an empty mean."""
+    s, t, targets = logits(4, 5)
+    soft = 0.9 * 16 * F.kl_div(F.log_softmax(s / 4, 1), F.softmax(t / 4, 1), reduction="batchmean")
+    for nothing in (None, torch.full_like(targets, -100)):
+        loss = at_fused.distillation_loss(s, t, nothing)
+        torch.testing.assert_close(loss, soft, rtol=1e-13, atol=0)
+        assert torch.autograd.grad(loss, s)[0].isfinite().all()
+    torch.testing.assert_close(at_fused.distillation_loss(s, t), soft, rtol=1e-13, atol=0)
+
+
+def flattened(dense: torch.Tensor) -> torch.Tensor:
+    """(B, K, *positions) as (B * positions, K)."""
+    return dense.movedim(1, -1).reshape(-1, dense.shape[1])
+
+
+@pytest.mark.parametrize("positions", [(7,), (3, 4), (2, 3, 2)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_dense_logits_are_pixels_in_a_batch(positions: tuple[int, ...], channels_last: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, *positions, 5) if channels_last else (2, 5, *positions)
+    s, t = (3 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    if channels_last:
+        s, t = s.movedim(-1, 1), t.movedim(-1, 1)
+    targets = torch.randint(5, (2, *positions), generator=generator)
+    value, grad = truth.distillation(
+        flattened(s).numpy(), flattened(t).numpy(), targets.flatten().numpy(), 4.0, 0.9
+    )
+    s.requires_grad_()
+    loss = at_fused.distillation_loss(s, t, targets)
+    assert loss.item() == pytest.approx(value, rel=1e-12)
+    loss.backward()
+    np.testing.assert_allclose(flattened(s.grad).numpy(), grad, rtol=1e-10, atol=1e-14)
+    one_hot = F.one_hot(targets, 5).movedim(-1, 1).double()
+    torch.testing.assert_close(at_fused.distillation_loss(s, t, one_hot), loss)
+    targets[:, :2] = -100
+    dense, flat = (
+        at_fused.distillation_loss(f(s), f(t), y, alpha=0.3)
+        for f, y in ((lambda x: x, targets), (flattened, targets.flatten()))
+    )
+    torch.testing.assert_close(dense, flat, rtol=1e-12, atol=0)
+
+
+def test_masks_of_labels_in_bytes() -> None:
+    """Segmentation's masks are often uint8, with 255 where there is no label; in one, 156 is not -100."""
+    s, t, _ = logits(3, 200)
+    labels = torch.tensor([7, 255, 156], dtype=torch.uint8)
+    loss = at_fused.distillation_loss(s, t, labels, alpha=0, ignore_index=255)
+    torch.testing.assert_close(loss, F.cross_entropy(s, labels.long(), ignore_index=255))
+    torch.testing.assert_close(
+        at_fused.distillation_loss(s[::2], t[::2], labels[::2], alpha=0),
+        F.cross_entropy(s[::2], labels[::2].long()),
+    )
+
+
+def test_dense_targets_that_do_not_fit() -> None:
+    s, t = torch.zeros(2, 5, 3, 4), torch.zeros(2, 5, 3, 4)
+    words = "int64 (2, 4, 3) do not fit logits (2, 5, 3, 4): expected int64 (2, 3, 4) or probabilities"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        at_fused.distillation_loss(s, t, torch.zeros(2, 4, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="expected classes from 0 to 4, or ignore_index -100"):
+        at_fused.distillation_loss(s, t, torch.full((2, 3, 4), 255))
+    with pytest.raises(ValueError, match=r"\(5,\) and teacher logits \(5,\) must both be \(B, n_classes\)"):
+        at_fused.distillation_loss(s[0, :, 0, 0], t[0, :, 0, 0])
+
+
+def test_what_is_labelled_keeps_its_bits() -> None:
+    """The mean over labelled positions changes nothing where all are: recipes train what they trained."""
+    s, t, targets = logits(7, 10, dtype=torch.float32)
+    s_soft, t_soft = F.log_softmax(s / 4.0, 1), F.log_softmax(t / 4.0, 1)
+    soft = (t_soft.exp() * (t_soft - s_soft)).sum()
+    hard = F.cross_entropy(s, targets, reduction="sum")
+    assert torch.equal(
+        at_fused.distillation_loss(s, t, targets), (0.9 * 4.0**2 * soft + (1 - 0.9) * hard) / 7
+    )
