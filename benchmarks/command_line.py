@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from at_fused.visualize.paths import user_path
 from trainer.config import ConfigError
 
 try:
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def absolute(text: str) -> Path:
-    return Path(text).resolve()
+    return user_path(text).resolve()
 
 
 def folder(text: str) -> Path:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from at_fused.visualize.paths import user_path
 from benchmarks import predictions, report
 from benchmarks.report import Row, Table
 from benchmarks.run import draw_loss, write_loss
@@ -261,13 +262,17 @@ def summarize(results: Path, device_type: str, states: dict[str, str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--results", type=Path, required=True, help="folder for results, logs and stamps")
+    parser.add_argument(
+        "--results", type=user_path, required=True, help="folder for results, logs and stamps"
+    )
     parser.add_argument("--budget", type=float, metavar="S", help="end within so many seconds")
     parser.add_argument("--only", nargs="+", metavar="PIECE", help="only these pieces")
     parser.add_argument("--list", action="store_true", help="print every piece and whether it is done")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that would run")
     parser.add_argument("--device", default="cuda", help="cpu: to try the pieces without a GPU")
-    parser.add_argument("--cifar", type=Path, metavar="DIR", help="has cifar-10-batches-py (default: digits)")
+    parser.add_argument(
+        "--cifar", type=user_path, metavar="DIR", help="has cifar-10-batches-py (default: digits)"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny batches, few rounds")
     options = parser.parse_args(argv)
     results = options.results.resolve()

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from at_fused.visualize.paths import user_path
 from benchmarks import report
 from benchmarks.loss_tables import extra_percent, host_overhead_us
 from benchmarks.providers import LAUNCHES
@@ -223,8 +224,8 @@ def load(folder: Path) -> tuple[list[Row], dict[str, Any] | None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predictions", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu-predictions.md")
-    parser.add_argument("--measured", type=Path, help="folder with results of a GPU")
+    parser.add_argument("--out", type=user_path, required=True, help="folder for gpu-predictions.md")
+    parser.add_argument("--measured", type=user_path, help="folder with results of a GPU")
     options = parser.parse_args(argv)
     try:
         rows, machine = load(options.measured) if options.measured else ([], None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from at_fused.visualize.paths import user_path
 from benchmarks import loss_suite, loss_tables, memory_suite, report
 from benchmarks.providers import Provider, select_providers
 from benchmarks.report import Row
@@ -32,7 +33,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--suite", choices=list(SUITES), required=True)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--out", type=user_path, required=True, help="folder for the results")
     parser.add_argument(
         "--rounds", type=int, help="times each contender runs (loss 50, scaling 20, step 60, trainer 9)"
     )
@@ -49,8 +50,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     loss.add_argument("--cells", default="", help="only cells whose name contains this")
     loss.add_argument("--providers", nargs="+", metavar="NAME", help="only these (a wrong name lists all)")
     data = parser.add_argument_group("suites trainer, and footprint (CPU only)")
-    data.add_argument("--cifar", type=Path, metavar="DIR", help="has cifar-10-batches-py (default: digits)")
-    data.add_argument("--folder", type=Path, metavar="DIR", help="has train and val, of ImageNet-like files")
+    data.add_argument(
+        "--cifar", type=user_path, metavar="DIR", help="has cifar-10-batches-py (default: digits)"
+    )
+    data.add_argument(
+        "--folder", type=user_path, metavar="DIR", help="has train and val, of ImageNet-like files"
+    )
     options = parser.parse_args(argv)
     if options.rounds is None:
         options.rounds = 3 if options.quick else ROUNDS[options.suite]

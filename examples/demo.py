@@ -88,12 +88,18 @@ def train_all(
             raise
 
 
+def _folder(text: str) -> Path:
+    from at_fused.visualize.paths import user_path  # imports torch: only those who name a folder wait
+
+    return user_path(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "demo")
+    parser.add_argument("--output-dir", type=_folder, default=ROOT / "runs" / "demo")
     parser.add_argument("--seeds", type=int, default=4, help="students of each kind (default: 4)")
     parser.add_argument(
         "--jobs", type=int, default=min(cores, 6), help="processes at a time (default: the cores)"

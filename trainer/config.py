@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 import at_fused
+from at_fused.visualize.paths import UnknownHome, expand, user_path
 
 # Of beta where it is unset and not the authors' 1000 of AT. The paper gives none: these are ours. Early in a
 # training on CIFAR-10, 10 gives hints a gradient about as large as AT's, 5 to 20 times that of cross-entropy;
@@ -221,13 +222,14 @@ class Config(BaseModel):
             raise ValueError("is empty")
         if "\0" in str(value):
             raise ValueError("holds a null character")
-        return value
+        return expand(str(value)) if isinstance(value, (str, Path)) else value
 
     @field_validator("pretrained", mode="before")
     @classmethod
     def _word_or_path(cls, value: Any) -> Any:
         words = {"true": True, "false": False, "null": False, "none": False}
-        return words.get(str(value).lower(), Path(str(value)))
+        word = str(value).lower()
+        return words[word] if word in words else user_path(str(value))
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Config:
@@ -388,7 +390,10 @@ def load_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     bases = own.pop("base", None) or []
     keys: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        keys |= load_recipe(path.parent / str(base), (*above, path))
+        try:
+            keys |= load_recipe(path.parent / user_path(str(base)), (*above, path))
+        except UnknownHome as error:
+            raise ConfigError(f"recipe {path}: base {base}: {error}") from None
     return keys | own
 
 
@@ -397,7 +402,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
     parser = _Parser(
         prog="train.py", description="Train an image classifier, alone or with a teacher.", allow_abbrev=False
     )
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help="YAML file of the keys below")
+    parser.add_argument("--recipe", type=user_path, metavar="FILE", help="YAML file of the keys below")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..taps import close_names
 from . import output
 from .grid import SCALES
+from .paths import expand, user_path
 
 INPUT = "input"  # in place of a layer: the image itself
 
@@ -45,13 +45,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--checkpoint",
         nargs="+",
+        type=expand,
         default=[],
         metavar="FILE",
         help="weights, a file (such as a run's model.pt) for each network; 'pretrained': the library's own, "
         "'random': none. One serves all networks; one network may have several",
     )
     add("--titles", nargs="+", metavar="TEXT", help="what to call each network (default: its name)")
-    add("--images", nargs="+", metavar="PATH", help="image files and folders")
+    add("--images", nargs="+", type=expand, metavar="PATH", help="image files and folders")
     add(
         "--size",
         type=int,
@@ -64,7 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="instead of files: test images of a data set of the trainer, as cifar10",
     )
-    add("--data-dir", metavar="DIR", help="folder of the data set, as for train.py")
+    add("--data-dir", type=expand, metavar="DIR", help="folder of the data set, as for train.py")
     add(
         "--indices",
         nargs="+",
@@ -100,10 +101,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--overlay", action="store_true", help="lay the maps over the images, instead of beside them")
     add("--predictions", action="store_true", help="write what each network sees above its map")
-    add("--classes", metavar="FILE", help="class names, one per line")
+    add("--classes", type=expand, metavar="FILE", help="class names, one per line")
     add("--compare-to", metavar="TITLE", help="write the cosine similarity to this network's map below each")
     add("--colours", default="viridis", metavar="NAME", help="a colour map of matplotlib (default viridis)")
-    add("--out", required=True, type=Path, metavar="FILE", help="the picture: .png, .pdf, .svg")
+    add("--out", required=True, type=user_path, metavar="FILE", help="the picture: .png, .pdf, .svg")
     args = parser.parse_args(argv)
     _check(args)
     return args
