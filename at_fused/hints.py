@@ -29,20 +29,31 @@ class FeatureHints(nn.Module):
     Args:
         student_channels: channels of the student's features, one number or one per pair.
         teacher_channels: the teacher's, as many.
+        reduction: "sum" over pairs, or "none".
 
     Shape:
         forward(s_feats, t_feats): one tensor (B, C, H, W) or a sequence of them on each side, fp64, fp32,
-        bf16 or fp16, whatever the regressors' dtype -> scalar in fp32 (fp64 if a feature or a regressor is
-        fp64). A regressor computes in its own dtype, or in autocast's. An empty batch gives 0.
+        bf16 or fp16, whatever the regressors' dtype -> scalar, or (n_pairs,) with reduction="none", in fp32
+        (fp64 if a feature or a regressor is fp64). A regressor computes in its own dtype, or in autocast's.
+        An empty batch gives 0.
 
     Raises:
         TypeError: channels that are not integers, features that are not floating-point tensors.
-        ValueError: numbers of channels or features that differ, channels below 1; in `forward` a pair whose
-            channels, batch sizes or spatial sizes do not fit.
+        ValueError: numbers of channels or features that differ, channels below 1, an unknown reduction; in
+            `forward` a pair whose channels, batch sizes or spatial sizes do not fit.
     """
 
-    def __init__(self, student_channels: int | Sequence[int], teacher_channels: int | Sequence[int]) -> None:
+    def __init__(
+        self,
+        student_channels: int | Sequence[int],
+        teacher_channels: int | Sequence[int],
+        *,
+        reduction: str = "sum",
+    ) -> None:
         super().__init__()
+        if reduction not in ("sum", "none"):
+            raise ValueError(f"reduction must be 'sum' or 'none', got {reduction!r}")
+        self.reduction = reduction
         self.student_channels = _channels("student_channels", student_channels)
         self.teacher_channels = _channels("teacher_channels", teacher_channels)
         if len(self.student_channels) != len(self.teacher_channels):
@@ -67,7 +78,8 @@ class FeatureHints(nn.Module):
         for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
             self._check(index, student, teacher)
             losses.append(_distance(_regressed(self.regressors[index], student), teacher))
-        return torch.stack(losses).sum()
+        stacked = torch.stack(losses)
+        return stacked.sum() if self.reduction == "sum" else stacked
 
     def _check(self, index: int, student: Tensor, teacher: Tensor) -> None:
         kind: type[Exception] = ValueError

@@ -79,7 +79,11 @@ def _finished(job: Job, plan: Plan) -> Entry | None:
         "seconds": sum(epoch["seconds"] for epoch in history),
         "test_error": [epoch["test_error"] for epoch in history],
         "train_error": [epoch["train_error"] for epoch in history],
-        **{term: values for term in TERMS if any(values := [_rounded(epoch[term]) for epoch in history])},
+        **{
+            term: values
+            for term in TERMS
+            if any(values := [_rounded(epoch.get(term, 0.0)) for epoch in history])
+        },
         "config": told(job.stored_config(), plan.folder),
     }
 

@@ -43,6 +43,16 @@ def test_equal_channels_are_compared_as_they_are(dtype: torch.dtype, layout) -> 
         assert np.all(np.abs(exact(student.grad) - grad) <= bound)
 
 
+def test_each_pair_alone() -> None:
+    students = [feature(3, 5, 4, 6, seed=1), feature(3, 7, 2, 2, seed=2)]
+    teachers = [feature(3, 5, 4, 6, seed=3), feature(3, 7, 2, 2, seed=4)]
+    found = at_fused.FeatureHints([5, 7], [5, 7], reduction="none")(students, teachers)
+    truth = [by_hand(exact(s), exact(t))[0] for s, t in zip(students, teachers, strict=True)]
+    assert found.tolist() == pytest.approx(truth, rel=1e-5)
+    with pytest.raises(ValueError, match="reduction must be 'sum' or 'none', got 'mean'"):
+        at_fused.FeatureHints(5, 5, reduction="mean")
+
+
 def test_regressors_stand_where_channels_differ() -> None:
     torch.manual_seed(0)
     hints = at_fused.FeatureHints([4, 6, 3], [4, 8, 5]).double()

@@ -71,9 +71,9 @@ def fatal(target: str, call: int) -> None:
         ("os.replace", 5),
         ("os.replace", 6),
         ("os.replace", 7),
-        ("trainer.reporting.write_metrics", 2),
-        ("trainer.reporting.write_curves", 1),  # the training is over, its results are not written
-        ("trainer.reporting.write_summary", 1),
+        ("trainer.run_folder.write_metrics", 2),
+        ("trainer.run_folder.write_curves", 1),  # the training is over, its results are not written
+        ("trainer.run_folder.write_summary", 1),
     ],
 )
 def test_killed_at(target: str, call: int, keys: dict[str, Any], whole: Path, tmp_path: Path) -> None:

@@ -214,6 +214,11 @@ def test_metrics_are_means_over_the_images(teacher: Path, tmp_path: Path) -> Non
     for line, step in zip(metrics(tmp_path / "run"), (2, 5), strict=True):  # the last of an epoch
         assert line["lr"] == pytest.approx(1e-30 * (1 + math.cos(math.pi * step / 6)) / 2, abs=0)
         assert line["at_loss"] == pytest.approx(at, rel=1e-4)
+        for name, pair in zip(
+            ("group1", "group2", "group3"), zip(students, teachers, strict=True), strict=True
+        ):
+            part = config.beta * exact_attention(config, *([feature] for feature in pair))
+            assert line[f"at_loss/{name}"] == pytest.approx(part, rel=1e-4)
         assert line["kd_loss"] == pytest.approx(kd, rel=1e-4)
         assert line["ce_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
         assert line["train_loss"] == pytest.approx(at + kd, rel=1e-4)

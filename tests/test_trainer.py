@@ -88,8 +88,9 @@ def test_artefacts(teacher: Path, student: Path) -> None:
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     for line in lines:
         assert list(line) == [
-            "epoch", "lr", "train_loss", "ce_loss", "at_loss", "kd_loss",
-            "train_error", "test_error", "images_per_second", "seconds",
+            "epoch", "lr", "train_loss", "ce_loss", "at_loss", "at_loss/group1", "at_loss/group2",
+            "at_loss/group3", "kd_loss", "train_error", "test_loss", "test_error", "images_per_second",
+            "seconds",
         ]  # fmt: skip
         assert line["train_loss"] == pytest.approx(line["at_loss"] + line["kd_loss"], rel=1e-6)
         assert line["at_loss"] > 0
@@ -107,6 +108,26 @@ def test_artefacts(teacher: Path, student: Path) -> None:
         "method": "at+kd",
         "seed": 0,
     }
+
+
+@pytest.mark.parametrize("method", ["none", "at", "kd", "hints", "symmetry"])
+def test_keys_that_a_method_does_not_use_are_absent(method: str, teacher: Path, tmp_path: Path) -> None:
+    """From metrics.jsonl and TensorBoard, which have the same."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    keys = at_kd(teacher) | {"method": method, "limit_train": 16, "limit_test": 10}
+    assert run(tmp_path / "run", **keys, max_steps=1) == 0
+    (line,) = metrics(tmp_path / "run", timing=True)
+    taps = ["at_loss/group1", "at_loss/group2", "at_loss/group3"] * (method in ("at", "hints"))
+    used = {"none": [], "kd": ["kd_loss"]}.get(method, ["at_loss", *taps])
+    assert [key for key in line if key.startswith(("at_", "kd_"))] == used
+    if taps:
+        assert line["at_loss"] == pytest.approx(sum(line[tap] for tap in taps), rel=1e-6)
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == line.keys() - {"epoch"}
+    for key in line.keys() - {"epoch"}:
+        assert [event.value for event in events.Scalars(key)] == [pytest.approx(line[key], rel=1e-6)]
 
 
 def test_summary_of_a_run_that_was_best_before_its_end(
@@ -165,6 +186,8 @@ def test_top5_error_of_more_than_ten_classes(tmp_path: Path, capsys: pytest.Capt
     errors = [100 * int((better >= k).sum()) / 36 for k in (1, 5)]
     assert 0 < errors[1] < errors[0]
     assert [last["test_error"], last["test_top5_error"]] == errors
+    assert 0 < last["train_top5_error"] < last["train_error"]
+    assert last["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert [ours["last_test_error"], ours["last_test_top5_error"]] == errors
     assert f"test error {errors[0]:.2f} % (top 5: {errors[1]:.2f} %)" in capsys.readouterr().out
 
@@ -884,6 +907,25 @@ def test_the_teacher_of_a_run_may_move_but_not_change(
     assert run(tmp_path / "run", **at_kd(moved)) == 0
     capsys.readouterr()
     check_refusal(run(tmp_path / "run", **at_kd(teacher)), capsys, "teacher-checkpoint differ")
+
+
+@pytest.mark.parametrize("step, known", [(4, True), (6, False)])
+def test_a_checkpoint_from_before_there_were_losses_by_tap(
+    step: int, known: bool, teacher: Path, student: Path, tmp_path: Path
+) -> None:
+    """Continued, it is the same run; its epoch has none, rather than wrong ones."""
+    folder = tmp_path / "run"
+    assert run(folder, **at_kd(teacher), max_steps=step) == 0
+    old = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for rank in old["ranks"]:
+        rank["sums"] = rank["sums"][:6].clone()
+    checkpoint.save(folder / "checkpoint.pt", old)
+    assert run(folder, **at_kd(teacher)) == 0
+    assert (folder / "model.pt").read_bytes() == (student / "model.pt").read_bytes()
+    expected = metrics(student)
+    if not known:
+        expected[1] = {key: value for key, value in expected[1].items() if "/" not in key}
+    assert metrics(folder) == expected
 
 
 def test_killed_before_its_results(teacher: Path, student: Path, tmp_path: Path) -> None:

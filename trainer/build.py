@@ -54,6 +54,31 @@ def networks(config: Config, dataset: LabelledImages, ranks: Ranks) -> Networks:
     return Networks(tapped, frozen)
 
 
+def optimizer(config: Config, tapped: Tapped) -> torch.optim.Optimizer:
+    """SGD on what trains of the student and of its regressors."""
+    return torch.optim.SGD(
+        [parameter for parameter in tapped.parameters() if parameter.requires_grad],
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=True,  # one kernel over all parameters, and fp16's check for inf stays on a GPU
+    )
+
+
+def compile_networks(config: Config, forward: nn.Module, student: Tapped, teacher: Tapped | None) -> None:
+    """Let torch.compile make kernels of them; `forward` is the student, as DDP wraps it."""
+    # Static shapes: a kernel for each size of a batch is faster than one for all. Parts of batches, last
+    # batches and tests make many sizes: beyond 8, its default, the compiler would give up.
+    torch._dynamo.config.recompile_limit = 64
+    options = {"triton.cudagraphs": config.cuda_graphs}
+    forward.compile(dynamic=False, options=options)
+    if student.hints is not None:
+        student.hints.compile(dynamic=False, options=options)
+    if teacher is not None:  # freezing: its weights become constants
+        teacher.compile(dynamic=False, options=options | {"freezing": True})
+
+
 def train_mode(model: nn.Module, freeze_bn: bool) -> None:
     """`model.train()`, which leaves BatchNorm in eval mode where that is frozen."""
     model.train()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -13,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer import build, checkpoint, data, distributed, lock, reporting, resume, schedules
+from trainer import build, checkpoint, data, distributed, reporting, resume, run_folder, schedules
 from trainer.config import Config, ConfigError, computes
 from trainer.data.dataset import too_many
 from trainer.distributed import Ranks
+from trainer.meter import EvaluationMeter, Meter
 from trainer.objectives import Objective, describe
 from trainer.state import TrainState
+from trainer.torch_settings import AMP_DTYPES, default_dtype, fill_momentum, set_up_torch
 from trainer.watch import Diverged, Watch
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class OutOfMemory(RuntimeError):
@@ -34,7 +32,7 @@ def train(config: Config) -> int:
     Whatever can be wrong (data, models, checkpoints, the output folder) is found, and raised as ConfigError,
     before the output folder is touched.
     """
-    with distributed.ranks(config) as ranks, _default_dtype(config):
+    with distributed.ranks(config) as ranks, default_dtype(config):
         set_up_torch(config, ranks)
         try:
             return _run(config, ranks)
@@ -81,17 +79,18 @@ class Run:
             self.last_step = min(self.last_step, config.max_steps)
 
         self._create_models()
-        self.optimizer = self._create_optimizer()
+        self.optimizer = build.optimizer(config, self.tapped)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.watch = Watch(self.student, scaled=config.amp == "fp16")
-        self.state = TrainState(self.tapped, self.optimizer, self.scaler, ranks)
+        self.meter = Meter(config, self.dataset.classes, self.tapped.taps.names)
+        self.state = TrainState(self.tapped, self.optimizer, self.scaler, ranks, self.meter.size)
         if self.start.checkpoint is not None:
             resume.check_identity(self.start.checkpoint, self.identity, config)
             self.state.restore(self.start.checkpoint)
             self.watch.last_saved = f"{self.start.path} (step {self.state.progress.step})"
         self.progress, self.sums = self.state.progress, self.state.sums
         if config.amp == "fp16" and config.momentum:
-            _fill_momentum(self.optimizer)
+            fill_momentum(self.optimizer)
         step, mid_epoch = self.progress.step, self.progress.step % self.steps_per_epoch
         self.finished = (self.folder / "summary.json").exists() and step >= self.last_step
         told = step == self.last_step and (not mid_epoch or self.progress.partial)
@@ -121,29 +120,7 @@ class Run:
         if self.ranks.world > 1:
             self.forward = distributed.data_parallel(self.tapped)
         if config.compile:
-            self._compile_models()
-
-    def _create_optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        return torch.optim.SGD(
-            [parameter for parameter in self.tapped.parameters() if parameter.requires_grad],
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=True,  # one kernel over all parameters, and fp16's check for inf stays on a GPU
-        )
-
-    def _compile_models(self) -> None:
-        # Static shapes: a kernel for each size of a batch is faster than one for all. Parts of batches, last
-        # batches and tests make many sizes: beyond 8, its default, the compiler would give up.
-        torch._dynamo.config.recompile_limit = 64
-        options = {"triton.cudagraphs": self.config.cuda_graphs}
-        self.forward.compile(dynamic=False, options=options)
-        if self.tapped.hints is not None:
-            self.tapped.hints.compile(dynamic=False, options=options)
-        if self.teacher is not None:  # freezing: its weights become constants
-            self.teacher.compile(dynamic=False, options=options | {"freezing": True})
+            build.compile_networks(config, self.forward, self.tapped, self.teacher)
 
     def _new_pass(self) -> None:
         """Let CUDA graphs write over what they gave before: it has been used."""
@@ -157,18 +134,9 @@ class Run:
             problem = None
             if self.ranks.first:
                 try:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(lock.claimed(self.folder))
-                    if resume.state_of(self.folder) != self.found:
-                        raise ConfigError(
-                            f"output-dir {self.folder}: another training has just been at work there"
-                        )
-                    (self.folder / "summary.json").unlink(missing_ok=True)  # the run is no longer finished
-                    checkpoint.write_atomically(self.folder / "config.yaml", self.config.to_yaml().encode())
+                    stack.enter_context(run_folder.claimed(self.folder, self.config, self.found))
                 except ConfigError as error:
                     problem = str(error)
-                except OSError as error:
-                    problem = f"output-dir {self.folder}: {error.strerror}"
             if problem := self.ranks.gather(problem)[0]:  # rank 0's, on every rank
                 raise ConfigError(problem)
             return self._train()
@@ -208,7 +176,10 @@ class Run:
                         f"stopped by signal {signal} at step {progress.step}; resume auto continues here"
                     )
                     return 128 + signal
-        self._finish(parameters)
+        if self.ranks.first:
+            summary = run_folder.finish(self.folder, config, progress, self.student)
+            last, best = (summary[f"{which}_test_error"] for which in ("last", "best"))
+            reporter.say(f"test error: last {last:.2f} %, best {best:.2f} %; results in {self.folder}")
         return 0
 
     def _train_epoch(self, stop: distributed.StopRequest) -> int:
@@ -235,23 +206,19 @@ class Run:
                 if signal:
                     return signal
         self.watch.wait()
-        total, ce, at, kd, wrong, images = self.ranks.sum_(self.sums.clone()).tolist()
+        sums = self.ranks.sum_(self.sums.clone()).tolist()
+        images = sums[5]
         if not images:
             raise Diverged(f"every step of epoch {epoch + 1} was skipped: no gradient was finite")
         seconds = time.perf_counter() - begun
         metrics = {
             "epoch": epoch + 1,
             "lr": schedules.learning_rate(config, progress.step - 1, self.steps_per_epoch),
-            "train_loss": total / images,
-            "ce_loss": ce / images,
-            "at_loss": at / images,
-            "kd_loss": kd / images,
-            "train_error": 100 * wrong / images,
+            **self.meter.metrics(sums),
             **self.evaluate(self.forward),
             "images_per_second": images / seconds,
             "seconds": seconds,
         }
-        self.reporter.epoch(metrics, config.epochs, progress.step)
         if not all(bool(parameter.isfinite().all()) for parameter in self.student.parameters()):
             raise Diverged(f"the weights are not finite after epoch {epoch + 1}: a lower lr may help")
         if progress.step % self.steps_per_epoch:  # cut short by max-steps: a continuation takes it up again
@@ -262,6 +229,7 @@ class Run:
             self.sums.zero_()
         self._save()
         self._write_metrics()
+        self.reporter.epoch(metrics, config.epochs, progress.step)
         return signal  # one that came with the last step: the epoch is complete, and saved
 
     def _batch(self, step: int) -> slice:
@@ -306,11 +274,7 @@ class Run:
         share = len(labels) * self.ranks.world / batch
         loss = losses.total if share == 1 else losses.total * share
         self.scaler.scale(loss).backward()
-        with torch.no_grad():
-            wrong = (logits.argmax(1) != labels).sum()
-            sums[:4] += torch.stack([losses.total, losses.ce, losses.at, losses.kd]).double() * len(labels)
-            sums[4] += wrong
-            sums[5] += len(labels)
+        self.meter.add(sums, losses, logits, labels)
 
     def _gradients_stay_here(self, stay: bool) -> AbstractContextManager[None]:
         """Where more parts of a batch follow, gradients are not yet sent to the other ranks."""
@@ -320,9 +284,8 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Errors of `model` in percent; every test image counts exactly once over all ranks.
+        """Loss and errors of `model` (see EvaluationMeter); every test image counts once over all ranks.
 
-        `test_error`, and of more than ten classes `test_top5_error`: the label isn't among the first five.
         Buffers (BatchNorm's statistics) are those of rank 0; the other ranks get theirs back.
         """
         own = [buffer.clone() for buffer in self.student.buffers()] if self.ranks.world > 1 else []
@@ -330,27 +293,21 @@ class Run:
         model = model.module if isinstance(model, DistributedDataParallel) else model
         model.eval()
         share = self.ranks.share(0, len(self.dataset.test))
-        top5 = self.dataset.classes > 10  # of ten, five would say little
-        counts = torch.zeros(3, dtype=torch.int64, device=self.ranks.device)  # seen, wrong, not in the top 5
+        size, meter = self.config.test_batch_size, EvaluationMeter(self.dataset.classes, self.ranks.device)
+        starts = range(share.start, share.stop, size)
+        parts = [slice(start, min(start + size, share.stop)) for start in starts]
         with self._autocast():
-            size = self.config.test_batch_size
-            starts = range(share.start, share.stop, size)
-            parts = [slice(start, min(start + size, share.stop)) for start in starts]
             for images, labels in self.dataset.evaluation_batches(parts):
                 self._new_pass()
                 logits, _ = model(self._format(images))
-                counts[0] += len(labels)
-                counts[1] += (logits.argmax(1) != labels).sum()
-                if top5:
-                    counts[2] += (logits.topk(5).indices != labels[:, None]).all(1).sum()
+                meter.add(logits, labels)
         for buffer, value in zip(self.student.buffers(), own, strict=False):
             buffer.copy_(value)
         self._check_unreadable()
-        seen, wrong, wrong5 = self.ranks.sum_(counts).tolist()
+        seen, *sums = self.ranks.sum_(meter.sums).tolist()
         if not seen:
             raise ConfigError("no image of the test set can be read")
-        errors = {"test_error": 100 * wrong / seen}
-        return errors | {"test_top5_error": 100 * wrong5 / seen} if top5 else errors
+        return meter.metrics(seen, *sums)
 
     def _check_unreadable(self) -> None:
         """ConfigError on every rank where all together could not read more images than may be."""
@@ -377,64 +334,4 @@ class Run:
 
     def _write_metrics(self) -> None:
         if self.ranks.first:
-            reporting.write_metrics(self.folder, self.progress.lines)
-
-    def _finish(self, parameters: int) -> None:
-        """Write the results; summary.json comes last, as the mark of a finished run."""
-        if not self.ranks.first:
-            return
-        config, history = self.config, self.progress.lines
-        last, teacher = history[-1], self.progress.teacher or {}
-        checkpoint.save(self.folder / "model.pt", checkpoint.weights(self.student))
-        title = f"{config.student} on {config.dataset}, method {config.method}, seed {config.seed}"
-        reporting.write_curves(self.folder, history, title)
-        best = min(metrics["test_error"] for metrics in history)
-        summary = {
-            "last_test_error": last["test_error"],
-            "best_test_error": best,
-            "teacher_test_error": teacher.get("test_error"),
-            "epochs": len(history),
-            "parameters": parameters,
-            "method": config.method,
-            "seed": config.seed,
-        }
-        if "test_top5_error" in last:
-            summary["last_test_top5_error"] = last["test_top5_error"]
-            summary["teacher_test_top5_error"] = teacher.get("test_top5_error")
-        (self.folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
-        reporting.write_summary(self.folder, summary)
-        self.reporter.say(
-            f"test error: last {summary['last_test_error']:.2f} %, best {best:.2f} %; "
-            f"results in {self.folder}"
-        )
-
-
-@contextmanager
-def _default_dtype(config: Config) -> Iterator[None]:
-    """What models and images are made in."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64 if config.precision == "fp64" else torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def set_up_torch(config: Config, ranks: Ranks) -> None:
-    """The process's threads and determinism, as `config` asks."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.backends.cudnn.benchmark = not config.deterministic  # tries cuDNN's algorithms once for each size
-    if ranks.device.type == "cuda" and config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for debugging
-
-
-def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Zeros where there is none yet: fused SGD leaves it as it was allocated if the first step overflows."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            buffers = optimizer.state[parameter]
-            if buffers.get("momentum_buffer") is None:
-                buffers["momentum_buffer"] = torch.zeros_like(parameter)
+            run_folder.write_metrics(self.folder, self.progress.lines)

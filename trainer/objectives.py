@@ -36,12 +36,16 @@ class Tapped(nn.Module):
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over a batch, fp32 scalars: `total` is what is minimised, the others are what it consists of."""
+    """Means over a batch, fp32 scalars: `total` is what is minimised, the others are what it consists of.
+
+    `taps` (n,) are the parts of `at` by tap, without a graph; none where the method compares no features.
+    """
 
     total: Tensor
     ce: Tensor
     at: Tensor
     kd: Tensor
+    taps: Tensor
 
 
 class Objective:
@@ -63,6 +67,7 @@ class Objective:
             normalize=None if config.normalize == "none" else config.normalize,
             distance=config.distance,
             norm_order=config.norm_order,
+            reduction="none",
             backend=config.backend,
         )
 
@@ -82,20 +87,22 @@ class Objective:
             images = images.detach().requires_grad_()
         logits, features = forward(images)
 
-        ce = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+        ce = cross_entropy(logits, targets)
         zero = torch.zeros_like(ce)
         at = kd = zero
+        taps = zero.detach().new_zeros(len(self.student.taps.names))
         if compares:
-            at = self.feature_term(features, teacher_features, beta)
+            terms = self.feature_terms(features, teacher_features, beta)
+            at, taps = terms.sum(), terms.detach()
         elif gradients:
             at = beta * self.gradient_term(images, targets, logits)
         if config.uses_kd and teacher_logits is not None:
             kd = at_fused.distillation_loss(logits, teacher_logits, targets, config.temperature, config.alpha)
         base = kd if config.uses_kd else ce
-        return Losses(base if at is zero else base + at, ce, at, kd), logits
+        return Losses(base if at is zero else base + at, ce, at, kd, taps), logits
 
-    def feature_term(self, students: Sequence[Tensor], teachers: Sequence[Tensor], beta: float) -> Tensor:
-        """beta times AT or F-ActT."""
+    def feature_terms(self, students: Sequence[Tensor], teachers: Sequence[Tensor], beta: float) -> Tensor:
+        """beta times AT or F-ActT, (n,) by pair."""
         if self.student.hints is not None:
             return beta * self.student.hints(students, teachers)
         self.attention.beta = beta  # folded into the kernel, so a schedule costs nothing
@@ -114,6 +121,11 @@ class Objective:
             teacher = self.teacher.model
             return at_fused.gradient_attention_loss(model, teacher, images, targets, **options)
         return at_fused.input_gradient_norm(model, images, targets, **options)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over a batch, in fp32 whatever autocast has made of the logits; fp64 stays."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
 
 def tap_names(config: Config, student: TappedModel, teacher: TappedModel) -> tuple[list[str], list[str]]:
@@ -135,7 +147,7 @@ def add_hints(student: Tapped, teacher: Tapped, image: Tensor) -> None:
     students, teachers = _features(student, teacher, image)
     channels = [[feature.shape[1] for feature in side] for side in (students, teachers)]
     try:
-        student.hints = at_fused.FeatureHints(*channels).to(image.device)
+        student.hints = at_fused.FeatureHints(*channels, reduction="none").to(image.device)
     except ValueError as error:
         raise ConfigError(f"taps {list(student.taps.names)}: {error}") from None
 
@@ -165,7 +177,7 @@ def describe(objective: Objective, image: Tensor, batch: int) -> list[str]:
         raise ConfigError(f"method {config.method} needs a teacher")
     pairs = _features(student, teacher, image)
     try:
-        objective.feature_term(*pairs, config.beta)
+        objective.feature_terms(*pairs, config.beta)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"taps {list(student.taps.names)}: {error}") from None
     for s_name, t_name, s, t in zip(student.taps.names, teacher.taps.names, *pairs, strict=True):

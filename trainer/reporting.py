@@ -1,18 +1,15 @@
-"""What a run tells: lines or a progress bar, metrics.jsonl, summary.json, TensorBoard events, curves.png."""
+"""What a run reports while it trains: lines or a progress bar, and TensorBoard events."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainer.checkpoint import write_atomically
 from trainer.config import ConfigError
-
-Metrics = dict[str, Any]
+from trainer.state import Metrics
 
 
 class Reporter:
@@ -58,7 +55,7 @@ class Reporter:
         terms = [
             f"{name[:2].upper()} {metrics[name]:.4f}"
             for name in ("ce_loss", "at_loss", "kd_loss")
-            if metrics[name]
+            if metrics.get(name)
         ]
         self.say(
             f"epoch {metrics['epoch']}/{epochs}  loss {metrics['train_loss']:.4f}"
@@ -89,47 +86,3 @@ def test_errors(metrics: Metrics) -> str:
     """Of an epoch, or of a teacher."""
     top5 = f" (top 5: {metrics['test_top5_error']:.2f} %)" if "test_top5_error" in metrics else ""
     return f"test error {metrics['test_error']:.2f} %{top5}"
-
-
-def write_metrics(folder: Path, history: list[Metrics]) -> None:
-    """metrics.jsonl: one line per epoch, always written whole, so that it agrees with the checkpoint."""
-    lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
-    write_atomically(folder / "metrics.jsonl", lines.encode())
-
-
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    write_atomically(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-
-
-def write_curves(folder: Path, history: list[Metrics], title: str) -> None:
-    """curves.png: errors and losses against the epoch."""
-    import io
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    error_axes, loss_axes = figure.subplots(1, 2)
-    epochs = [metrics["epoch"] for metrics in history]
-    last = history[-1]
-    for name, colour in (("test_error", "tab:red"), ("train_error", "tab:blue")):
-        label = f"{name.replace('_', ' ')} (last {last[name]:.2f} %)"
-        error_axes.plot(
-            epochs, [m[name] for m in history], color=colour, label=label, marker=".", markersize=4
-        )
-    error_axes.set(xlabel="epoch", ylabel="error, %", title="Error", ylim=(0, None))
-    terms = {"ce_loss": "cross-entropy", "at_loss": "transfer term", "kd_loss": "distillation"}
-    used = {name: label for name, label in terms.items() if any(metrics[name] for metrics in history)}
-    for name, label in ({"train_loss": "total"} | used if len(used) > 1 else used).items():
-        style = "-" if name == "train_loss" else "--"
-        loss_axes.plot(epochs, [metrics[name] for metrics in history], label=label, linestyle=style)
-    loss_axes.set(xlabel="epoch", ylabel="loss", title="Training loss and its terms", ylim=(0, None))
-    for axes in (error_axes, loss_axes):
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_atomically(folder / "curves.png", image.getvalue())

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import checkpoint, reporting
+from trainer import checkpoint
 from trainer.config import ConfigError
 from trainer.distributed import Ranks
 from trainer.objectives import Tapped
 
-SUMS = 6  # of total, CE, AT and KD losses, of wrong answers, of images
+SUMS = 6  # of total, CE, AT and KD losses, of wrong answers, of images: what every checkpoint has
+
+Metrics = dict[str, Any]  # of an epoch, by name
 
 
 @dataclass
@@ -21,13 +23,13 @@ class Progress:
     """Where the training stands, besides weights and optimizer: everything else follows from `step`."""
 
     step: int = 0
-    history: list[reporting.Metrics] = field(default_factory=list)
-    partial: reporting.Metrics | None = None  # of an epoch that max-steps cut short, until it is continued
+    history: list[Metrics] = field(default_factory=list)
+    partial: Metrics | None = None  # of an epoch that max-steps cut short, until it is continued
     seconds: float = 0.0  # spent in the current epoch so far
     teacher: dict[str, float] | None = None  # its test errors, as `Run.evaluate` gives them
 
     @property
-    def lines(self) -> list[reporting.Metrics]:
+    def lines(self) -> list[Metrics]:
         """What metrics.jsonl holds."""
         return self.history + ([self.partial] if self.partial else [])
 
@@ -41,10 +43,11 @@ class TrainState:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         ranks: Ranks,
+        sums: int = SUMS,
     ) -> None:
         self.student, self.optimizer, self.scaler, self.ranks = student, optimizer, scaler, ranks
         self.progress = Progress()
-        self.sums = torch.zeros(SUMS, dtype=torch.float64, device=ranks.device)  # over the current epoch
+        self.sums = torch.zeros(sums, dtype=torch.float64, device=ranks.device)  # over the current epoch
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -84,12 +87,19 @@ class TrainState:
     def _restore_rank(self, states: list[dict[str, Any]]) -> None:
         if len(states) == self.ranks.world:
             mine = states[self.ranks.rank]
-            self.sums.copy_(mine["sums"])
+            self._restore_sums(mine["sums"])
             _set_rng_state(mine["rng"], self.ranks.device)
             for buffer, value in zip(self.student.model.buffers(), mine.get("buffers", ()), strict=False):
                 buffer.copy_(value)
         elif self.ranks.first:  # another number of ranks: the totals count, whoever holds them
-            self.sums.copy_(torch.stack([state["sums"] for state in states]).sum(0))
+            self._restore_sums(torch.stack([state["sums"] for state in states]).sum(0))
+
+    def _restore_sums(self, stored: Tensor) -> None:
+        """Earlier versions kept the first six: of an epoch that they began, the others are not known."""
+        if len(stored) not in (SUMS, len(self.sums)):
+            raise ValueError(f"it has {len(stored)} sums for {len(self.sums)}")
+        self.sums[: len(stored)] = stored.to(self.sums)
+        self.sums[len(stored) :] = torch.nan if stored[5] else 0.0
 
 
 def _rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -1,0 +1,45 @@
+"""How PyTorch computes in this process: dtypes, threads, determinism."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from trainer.config import Config
+from trainer.distributed import Ranks
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def default_dtype(config: Config) -> Iterator[None]:
+    """What models and images are made in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if config.precision == "fp64" else torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def set_up_torch(config: Config, ranks: Ranks) -> None:
+    """The process's threads and determinism, as `config` asks."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.backends.cudnn.benchmark = not config.deterministic  # tries cuDNN's algorithms once for each size
+    if ranks.device.type == "cuda" and config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for debugging
+
+
+def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros where there is none yet: fused SGD leaves it as it was allocated if the first step overflows."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            buffers = optimizer.state[parameter]
+            if buffers.get("momentum_buffer") is None:
+                buffers["momentum_buffer"] = torch.zeros_like(parameter)
