@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from trainer.config import ConfigError, RankError, parse_args
+    from trainer.command_line import parse_args
+    from trainer.errors import ConfigError, RankError
 
     try:
         config, print_config = parse_args(argv)

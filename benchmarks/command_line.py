@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from at_fused.visualize.paths import user_path
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 
 try:
     import fcntl

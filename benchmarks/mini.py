@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from benchmarks import mini_plan, paper_runs
 from benchmarks.command_line import Parser, absolute, exclusive, folder, positive
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

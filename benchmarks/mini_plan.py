@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.paper_plan import RECIPES, Job, with_epochs
-from trainer.config import ConfigError, load_recipe, make_config
+from trainer.config import make_config
+from trainer.errors import ConfigError
+from trainer.recipes import load_recipe
 
 # What Imagenette's folders hold: names for the pictures. Others are called as their folders.
 IMAGENETTE = {

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from benchmarks import paper_report, paper_runs
 from benchmarks.command_line import Parser, absolute, exclusive, folder, positive
 from benchmarks.paper_plan import TABLES, Plan
-from trainer.config import KEYS, ConfigError, did_you_mean
+from trainer.config import KEYS
+from trainer.errors import ConfigError, did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,10 @@ from typing import Any
 import yaml
 
 from trainer import checkpoint
-from trainer.config import Config, ConfigError, differing_keys, load_recipe, make_config
+from trainer.config import Config, make_config
+from trainer.errors import ConfigError
+from trainer.recipes import load_recipe
+from trainer.resume import differences, differences_told
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 TABLES: dict[str, Any] = yaml.safe_load((RECIPES / "tables.yaml").read_text())
@@ -38,9 +41,8 @@ class Job:
         """Results, if the run is finished; a folder that holds another run raises ConfigError."""
         try:
             stored = self.stored_config()
-            keys = differing_keys(stored, self.config)
-            if keys:
-                raise ConfigError(f"{self.folder} holds a different run: {', '.join(keys)} differ")
+            if found := differences(stored, self.config):
+                raise ConfigError(f"{self.folder} holds a different run: {differences_told(found)}")
             summary = dict(json.loads((self.folder / "summary.json").read_text()))
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -176,7 +178,7 @@ class Plan:
         """What a file of `known` tells of this very run, as `paper_report` writes it."""
         wanted = make_config(told(job.config.model_dump(mode="json", by_alias=True), self.folder))
         for run in self._known_runs.get(job.name, []):
-            same = not differing_keys(run["config"], wanted)
+            same = not differences(run["config"], wanted)
             if same and _long_enough(run["config"], len(run["test_error"]), wanted):
                 return run
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,14 @@ import torch
 import yaml
 from runs import dashed
 
+import at_fused
 from trainer import schedules
-from trainer.config import Config, ConfigError, computes, differing_keys, load_recipe, make_config, parse_args
+from trainer.command_line import FIRST, GROUPS, parse_args
+from trainer.config import KEYS, Config, make_config
+from trainer.errors import ConfigError
+from trainer.hardware import computes
+from trainer.recipes import load_recipe
+from trainer.resume import differences, differences_told
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = {"dataset": "digits", "student": "wrn-10-1"}
@@ -66,9 +73,40 @@ def test_every_key_of_the_contract_is_a_flag(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as end:
         parse_args(["--help"])
     assert end.value.code == 0
-    words = capsys.readouterr().out.split()
+    help_ = capsys.readouterr().out
+    words = help_.split()
     assert [key for key in CONTRACT if f"--{key}" not in words] == []
     assert set(CONTRACT) <= set(yaml.safe_load(config().to_yaml()))
+    assert set(re.findall(r"^  --([\w-]+)", help_, re.M)) == {*KEYS, "recipe", "print-config", "version"}
+    assert [f"{title}:" for title in GROUPS.values()] == re.findall(r"^\w.*:$", help_, re.M)[1:]
+    assert max(map(len, help_.splitlines())) <= 80
+
+
+def test_help_gives_betas_defaults_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split("--beta VALUE")[1].split("--beta-schedule")[0].split())
+    assert text == "weight of the transfer term; default 1000 for at and at+kd, 10 for hints, else 1"
+    expected = {"at": 1000, "at+kd": 1000, "hints": 10, "grad-at": 1, "symmetry": 1, "min-l2": 1}
+    assert {method: config(**AT, method=method).beta for method in expected} == expected
+
+
+def test_nothing_named_names_something_to_begin_with() -> None:
+    """Which is there, needs no data, and is all that has to be typed."""
+    with pytest.raises(ConfigError, match=f"python train.py {re.escape(FIRST)}") as caught:
+        parse_args([])
+    words = re.search(r"train\.py (.*) \(", str(caught.value))[1].split()  # type: ignore[index]
+    found, print_only = parse_args(words)
+    assert (found.dataset, found.method, print_only) == ("digits", "none", False)
+    with pytest.raises(ConfigError, match="student is required, such as wrn-16-1"):
+        parse_args(["--dataset", "digits"])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_args(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"at_fused {at_fused.__version__}, torch {torch.__version__}\n"
 
 
 def test_defaults_are_the_authors() -> None:
@@ -283,20 +321,26 @@ def test_beta_decays_beside_distillation_and_for_hints() -> None:
     assert config(**AT, method="at+kd", beta_schedule="constant").beta_schedule == "constant"
 
 
-def test_differing_keys() -> None:
+def test_differences() -> None:
     old = yaml.safe_load(config(seed=1, output_dir="a", max_steps=3, data_dir="x").to_yaml())
-    assert differing_keys(old, config(seed=1, output_dir="b", resume="never", workers=2)) == []
-    assert differing_keys(old, config(seed=2, lr=0.3)) == ["lr", "seed"]
+    assert differences(old, config(seed=1, output_dir="b", resume="never", workers=2)) == {}
+    found = differences(old, config(seed=2, lr=0.3, compile=True, limit_test=5, taps=["a", "b"]))
+    assert list(found) == ["compile", "limit-test", "lr", "seed", "taps"]
+    assert differences_told(found) == (
+        "compile, limit-test, lr, seed, taps differ (compile false, now true; limit-test null, now 5; "
+        "lr 0.1, now 0.3; seed 1, now 2; taps groups, now a,b)"
+    )
+    assert list(differences(old, config(seed=2, lr=0.3), ["lr"])) == ["seed"]
     older = {key: value for key, value in old.items() if key != "nesterov"}  # from before that key existed
-    assert differing_keys(older, config(seed=1)) == []
-    assert differing_keys(older, config(seed=1, nesterov=True)) == ["nesterov"]
+    assert differences(older, config(seed=1)) == {}
+    assert differences(older, config(seed=1, nesterov=True)) == {"nesterov": (False, True)}
 
 
 def test_what_a_continuation_may_change() -> None:
     """Where files lie and how fast it goes, and no more: any other key alters what is learned."""
     now = config()
     stored = yaml.safe_load(now.to_yaml())
-    kept = {key for key in stored if differing_keys(stored | {key: "another"}, now)}
+    kept = {key for key in stored if differences(stored | {key: "another"}, now)}
     paths = {"data-dir", "output-dir", "resume"}
     speed = {"workers", "threads", "cuda-graphs"}
     extent = {"max-steps", "checkpoint-every", "max-unreadable"}

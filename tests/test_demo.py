@@ -130,7 +130,7 @@ def test_a_failing_training_ends_the_demo_with_its_last_line(
 
 
 def test_recipes_differ_only_in_what_is_compared() -> None:
-    from trainer.config import load_recipe
+    from trainer.recipes import load_recipe
 
     student, taught = (
         load_recipe(ROOT / "recipes" / "demo" / f"{name}.yaml") for name in ("student", "student-at")

@@ -22,8 +22,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import train
 from trainer import checkpoint, distributed, engine
-from trainer.config import ConfigError, RankError
 from trainer.data import in_memory
+from trainer.errors import ConfigError, RankError
 
 KEYS = {**SMALL, "device": "cpu", "epochs": 2, "checkpoint-every": 1}  # 8 steps
 

@@ -17,7 +17,8 @@ import torch
 from benchmarks import paper, paper_plan, paper_report, paper_runs
 from benchmarks.command_line import exclusive
 from benchmarks.paper_plan import Job, Plan
-from trainer.config import ConfigError, make_config
+from trainer.config import make_config
+from trainer.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted(ROOT.glob("benchmarks/results/*/table[1-5].json"))

@@ -12,8 +12,11 @@ import yaml
 import models
 import train
 from benchmarks.paper_plan import LABELS, TABLES, Plan
-from trainer.config import Config, ConfigError, load_recipe, make_config, parse_args
+from trainer.command_line import parse_args
+from trainer.config import Config, make_config
+from trainer.errors import ConfigError
 from trainer.objectives import tap_names
+from trainer.recipes import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.name != "tables.yaml")

@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from trainer import checkpoint, data, distributed, engine
-from trainer.config import ConfigError, make_config
+from trainer.config import make_config
 from trainer.data import in_memory
 from trainer.distributed import Ranks
+from trainer.errors import ConfigError
 from trainer.objectives import Tapped
 from trainer.state import TrainState
 
@@ -529,18 +530,24 @@ def test_threads_are_as_many_as_asked_for() -> None:
 @pytest.mark.parametrize(
     "keys, words",
     [
-        ({"student": "wrn-11-1"}, ["depth 6n + 4"]),
-        ({"student": "lenet"}, ["lenet", "wrn-D-K"]),
+        ({"student": "wrn-11-1"}, ["student wrn-11-1: ", "depth 6n + 4"]),
+        ({"student": "lenet"}, ["student lenet: ", "wrn-D-K"]),
+        (
+            {"method": "at", "teacher": "wrn-17-1", "teacher_checkpoint": "t.pt"},
+            ["teacher wrn-17-1: a wide ResNet"],
+        ),
+        ({"pretrained": "/nowhere.pt"}, ["error: pretrained /nowhere.pt: No such"]),
+        ({"method": "min-l2", "gradient_layer": "nope"}, ["gradient-layer nope: no submodule"]),
         ({"dataset": "cifar10", "data_dir": "/nowhere"}, ["/nowhere", "cifar-10-batches-py", "data_batch_1"]),
         (
             {"method": "at", "teacher": "wrn-10-2", "teacher_checkpoint": "/nowhere.pt"},
-            ["/nowhere.pt", "No such"],
+            ["error: teacher-checkpoint /nowhere.pt: No such"],
         ),
-        ({"freeze": "group9"}, ["freeze", "group9"]),
-        ({"sync_bn": "true", "device": "cpu"}, ["sync-bn"]),
-        ({"resume": "/nowhere.pt"}, ["/nowhere.pt"]),
+        ({"freeze": "group9"}, ["freeze group9: wrn-10-1"]),
+        ({"sync_bn": "true", "device": "cpu"}, ["sync-bn true"]),
+        ({"resume": "/nowhere.pt"}, ["error: resume /nowhere.pt: No such"]),
         ({"limit_test": 9999}, ["limit-test 9999"]),
-        ({"freeze": "conv,group1,group2,group3,bn,fc"}, ["no parameter"]),
+        ({"freeze": "conv,group1,group2,group3,bn,fc"}, ["freeze conv,group1,", "no parameter"]),
         ({"student": "resnet-18", "limit_train": 33, "batch_size": 32}, ["single values", "33 images by 32"]),
         ({"student": "resnet-18", "limit_train": 20, "batch_size": 10, "accumulate": 4}, ["single values"]),
         ({"data_dir": "/" + 300 * "x", "dataset": "cifar10"}, ["File name too long"]),
@@ -571,7 +578,9 @@ def test_wrong_teacher_checkpoints(teacher: Path, tmp_path: Path, capsys: pytest
     keys = {"method": "at", "teacher": "wrn-16-2", "teacher_checkpoint": teacher / "model.pt"}
     check_refusal(run(tmp_path / "new", **keys), capsys, "not fit wrn-16-2", "missing: group1.1.bn1.bias")
     keys = {"method": "at", "teacher": "wrn-10-2", "teacher_checkpoint": teacher / "model.pt"}
-    check_refusal(run(tmp_path / "new", **keys, taps="group1,group7"), capsys, "taps", "group7")
+    check_refusal(
+        run(tmp_path / "new", **keys, taps="group1,group7"), capsys, "taps group1,group7, of teacher wrn-10-2"
+    )
     assert not (tmp_path / "new").exists()
     keys["teacher_checkpoint"] = teacher / "checkpoint.pt"  # a whole checkpoint serves as well
     assert run(tmp_path / "new", **keys, epochs=1, max_steps=1) == 0
@@ -593,7 +602,10 @@ def test_a_run_is_never_overwritten(
 ) -> None:
     before = fingerprint(student)
     other = {"lr": 0.3, "seed": 4, "batch_size": 32, "amp": "bf16"}
-    words = (str(student), "holds a different run: amp, batch-size, lr, seed differ")
+    words = (
+        f"output-dir {student} holds a different run: amp, batch-size, lr, seed differ (amp none, now bf16; "
+        "batch-size 64, now 32; lr 0.1, now 0.3; seed 0, now 4); choose another output-dir",
+    )
     check_refusal(run(student, **at_kd(teacher), **other), capsys, *words)
     check_refusal(run(student, **at_kd(teacher), resume="never"), capsys, "not empty")
     check_refusal(run(student, **at_kd(teacher), resume=teacher), capsys, "would overwrite")
@@ -638,9 +650,12 @@ def test_command_line_exits() -> None:
     )
     assert (good.returncode, good.stderr) == (0, "")
     assert yaml.safe_load(good.stdout)["epochs"] == 5
+    alone = subprocess.run([sys.executable, "train.py"], cwd=ROOT, capture_output=True, text=True)
+    assert (alone.returncode, alone.stdout, alone.stderr.count("\n")) == (2, "", 1)
+    assert "begin with: python train.py --recipe recipes/demo/student.yaml" in alone.stderr
     # What only the variables of torchrun's ranks would make sense of.
-    alone = os.environ | {"WORLD_SIZE": "2"}
-    lost = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
+    variables = os.environ | {"WORLD_SIZE": "2"}
+    lost = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert (lost.returncode, lost.stderr.count("\n")) == (2, 1)
     assert "not by torchrun" in lost.stderr
 

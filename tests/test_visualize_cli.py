@@ -434,7 +434,7 @@ def test_in_place_layers_leave_recorded_features_alone() -> None:
         ("--model wrn-10-1", "either --images or --dataset"),
         ("WRN --dataset digits", "either --images or --dataset"),
         ("--model resnet-19 --images FOLDER", "unknown model 'resnet-19'; close names: resnet-18"),
-        ("--model wrn-11-1 --images FOLDER", "depth 6n + 4"),
+        ("--model wrn-11-1 --images FOLDER", "error: model 'wrn-11-1': a wide ResNet has depth 6n + 4"),
         ("--model hf/resnet18 --images FOLDER", "unknown library 'hf': zoo, torchvision or timm"),
         ("WRN --taps grop3", "error: wrn-10-1: no submodule named 'grop3'; close names: group3"),
         ("WRN --taps zzzz", "wrn-10-1: no submodule named 'zzzz'; its modules: conv, "),
@@ -466,8 +466,9 @@ def test_in_place_layers_leave_recorded_features_alone() -> None:
         ("WRN --out nowhere/x.png", "there is no folder nowhere"),
         ("WRN --p 0.5", "p must be"),
         ("WRN --mapping mean", "invalid choice: 'mean'"),
-        ("WRN --count 0", "at least 1"),
-        ("WRN --size 0", "at least 1"),
+        ("WRN --count 0", "--count 0: must be at least 1"),
+        ("WRN --size 0", "--size 0: must be at least 1"),
+        ("", "the following arguments are required: --model (examples: --help)"),
         ("WRN --headings a", "1 group headings for 3 groups"),
         ("WRN --classes nowhere.txt", "--classes nowhere.txt: No such file or directory"),
         ("WRN --classes FOLDER/cat/b.jpg", "cat/b.jpg: not a text in UTF-8"),
@@ -497,6 +498,7 @@ def test_a_mistake_is_told_in_one_line(
     assert error.startswith("visualize: error: ")
     assert message in error
     assert all("random weights" in note for note in notes)
+    assert not notes or "model '" not in error, "of networks that are not there"
     assert not any(tmp_path.iterdir())
 
 

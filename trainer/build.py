@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import models
 from trainer import checkpoint
-from trainer.config import Config, ConfigError
+from trainer.config import Config, flag_text
 from trainer.data import LabelledImages
 from trainer.distributed import Ranks
+from trainer.errors import ConfigError, checkpoint_of
 from trainer.objectives import Tapped, add_hints, tap_names
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -37,16 +38,17 @@ def networks(config: Config, dataset: LabelledImages, ranks: Ranks) -> Networks:
     names: tuple[list[str], list[str]] = ([], [])
     frozen: Tapped | None = None
     if config.needs_teacher:
-        teacher = _create(str(config.teacher), classes, config)
-        checkpoint.load_weights(teacher, Path(str(config.teacher_checkpoint)), str(config.teacher))
+        teacher = _create("teacher", str(config.teacher), classes, config)
+        with checkpoint_of("teacher-checkpoint"):
+            checkpoint.load_weights(teacher, Path(str(config.teacher_checkpoint)), str(config.teacher))
         if config.uses_features:
             names = tap_names(config, student, teacher)
-        frozen = _tapped(teacher.to(device).eval().requires_grad_(False), names[1])
-    tapped = _tapped(student.to(device), names[0])
+        frozen = _tapped("teacher", teacher.to(device).eval().requires_grad_(False), names[1], config)
+    tapped = _tapped("student", student.to(device), names[0], config)
     if _try(student, config, example) and fewest_images(config, len(dataset.train), ranks.world) == 1:
         raise ConfigError(
-            f"{config.student} normalises single values of these images, and can't train on one image "
-            f"alone, as a part of a batch is ({len(dataset.train)} images by {config.batch_size}, "
+            f"student {config.student} normalises single values of these images, and can't train on one "
+            f"image alone, as a part of a batch is ({len(dataset.train)} images by {config.batch_size}, "
             f"{ranks.world} ranks, accumulate {config.accumulate}): choose another batch-size"
         )
     if config.uses_hints and frozen is not None:
@@ -88,42 +90,45 @@ def train_mode(model: nn.Module, freeze_bn: bool) -> None:
 
 
 def _student(config: Config, classes: int, device: torch.device) -> models.TappedModel:
-    student = _create(config.student, classes, config)
+    student = _create("student", config.student, classes, config)
     if isinstance(config.pretrained, Path):
-        name = f"pretrained {config.student}"
-        checkpoint.load_weights(student, config.pretrained, name, new_classifier=True)
+        with checkpoint_of("pretrained"):
+            name = f"pretrained {config.student}"
+            checkpoint.load_weights(student, config.pretrained, name, new_classifier=True)
     elif config.pretrained:
         checkpoint.load_published_weights(student, config.student)
     if config.sync_bn:
         if device.type != "cuda":
-            raise ConfigError("sync-bn needs CUDA devices")
+            raise ConfigError(f"sync-bn true needs CUDA devices, and this run is on {device.type}")
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     for word in config.freeze:
         for name in student.taps.get(word, [word]):
             try:
                 student.get_submodule(name).requires_grad_(False)
             except AttributeError:
-                raise ConfigError(f"freeze: {config.student} has no module {name}") from None
+                raise ConfigError(f"freeze {name}: {config.student} has no such module") from None
     if not any(parameter.requires_grad for parameter in student.parameters()):
-        raise ConfigError(f"freeze leaves no parameter of {config.student} to train")
+        raise ConfigError(
+            f"freeze {flag_text(config.freeze)} leaves no parameter of {config.student} to train"
+        )
     return student
 
 
-def _create(name: str, classes: int, config: Config) -> models.TappedModel:
+def _create(key: str, name: str, classes: int, config: Config) -> models.TappedModel:
     try:
         model = models.create(name, num_classes=classes)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    except RuntimeError as error:  # beyond the memory
-        raise ConfigError(f"{name}: {error}") from None
+    except (ValueError, RuntimeError) as error:  # the latter: beyond the memory
+        raise ConfigError(f"{key} {name}: {error}") from None
     return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
 
 
-def _tapped(model: nn.Module, names: list[str]) -> Tapped:
+def _tapped(key: str, model: nn.Module, names: list[str], config: Config) -> Tapped:
     try:
         return Tapped(model, names)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"taps: {error}") from None
+        raise ConfigError(
+            f"taps {flag_text(config.taps)}, of {key} {getattr(config, key)}: {error}"
+        ) from None
 
 
 def fewest_images(config: Config, size: int, world: int) -> int:
@@ -149,7 +154,9 @@ def _try(student: nn.Module, config: Config, example: Tensor) -> bool:
         raise
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{config.student} can't take the images of {config.dataset}: {reason}") from None
+        raise ConfigError(
+            f"student {config.student} can't take the images of {config.dataset}: {reason}"
+        ) from None
     finally:
         for hook in hooks:
             hook.remove()

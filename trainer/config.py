@@ -1,13 +1,12 @@
-"""The configuration of a run: one model, from which the recipe keys and the command-line flags both come."""
+"""The configuration of a run: one model, from which the recipe keys and the command-line flags both come.
+
+`trainer.recipes` reads recipes, `trainer.command_line` flags.
+"""
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import sys
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -23,37 +22,14 @@ from pydantic import (
 )
 
 import at_fused
-from at_fused.visualize.paths import UnknownHome, expand, user_path
+from at_fused.visualize.paths import expand, user_path
+from trainer.errors import ConfigError, did_you_mean
+from trainer.hardware import computes
 
 # Of beta where it is unset and not the authors' 1000 of AT. The paper gives none: these are ours. Early in a
 # training on CIFAR-10, 10 gives hints a gradient about as large as AT's, 5 to 20 times that of cross-entropy;
 # 1 gives the gradient-based terms some percent of it, growing as the loss falls.
 DEFAULT_BETA = {"hints": 10.0, "grad-at": 1.0, "symmetry": 1.0, "min-l2": 1.0}
-
-
-class ConfigError(ValueError):
-    """A mistake of the user's: the command line prints its one line and exits with code 2."""
-
-
-class RankError(ConfigError):
-    """One that may occur on a single rank, which then prints it."""
-
-
-# What torch.cpu.get_capabilities() calls a processor's instructions for such numbers: x86's, then ARM's.
-INSTRUCTIONS = {
-    "bf16": ("avx512_bf16", "amx_bf16", "bf16"),
-    "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith"),
-}
-
-
-def computes(amp: str, cuda: bool) -> bool:
-    """Whether the GPU or the processor has instructions for `amp`: without, it is far slower than fp32."""
-    if cuda:
-        return amp == "fp16" or (
-            torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch: none
-    return any(capabilities.get(name, False) for name in INSTRUCTIONS[amp])
 
 
 class Config(BaseModel):
@@ -72,15 +48,34 @@ class Config(BaseModel):
     """what to train on"""
     data_dir: Path | None = None
     """folder that contains the data set's own folder (digits needs none); of imagefolder: train and val"""
+    image_size: int = Field(224, ge=1)
+    """height and width of the images of imagefolder and cub"""
+    augment: Literal["crop-flip", "flip", "none"] = "crop-flip"
+    """random crops, and flips where the data allow them"""
+    max_unreadable: int = Field(100, ge=0)
+    """image files that may be unreadable, and are skipped, before the run ends"""
+    limit_train: int | None = Field(None, ge=1)
+    """train on this many images (stratified, chosen by seed)"""
+    limit_test: int | None = Field(None, ge=1)
+    """test on this many images (stratified, the same for every seed)"""
+
     student: str
     """model to train, such as wrn-16-1"""
+    pretrained: bool | Path = False
+    """start from a file of weights or, true, torchvision's for ImageNet; of other classes fc is left out"""
+    freeze: list[str] = []
+    """modules, or groups or blocks, whose parameters do not train"""
+    freeze_bn: bool = False
+    """BatchNorm stays in eval mode while training"""
+    sync_bn: bool = False
+    """BatchNorm statistics over all ranks (CUDA only)"""
     teacher: str | None = None
     """model to learn from"""
     teacher_checkpoint: Path | None = None
     """the teacher's weights: model.pt or checkpoint.pt of its run"""
+
     method: Literal["none", "at", "kd", "at+kd", "hints", "grad-at", "symmetry", "min-l2"] = "none"
     """how the student learns from the teacher"""
-
     taps: str | list[str] = "groups"
     """features compared by AT and hints: groups, blocks, convs (NIN), or names of modules in both models"""
     p: float = Field(2.0, ge=1, allow_inf_nan=False)
@@ -94,7 +89,7 @@ class Config(BaseModel):
     norm_order: float = Field(2.0, ge=1)
     """order of the norm where distance is norm"""
     beta: float = Field(1000.0, ge=0, allow_inf_nan=False)
-    """weight of the transfer term; unset: 1000 for AT, else the method's default"""
+    """weight of the transfer term; default 1000 for at and at+kd, 10 for hints, else 1"""
     beta_schedule: Literal["constant", "linear", "cosine", "step"] | None = None
     """decay of beta; unset: linear to 0 for at+kd and hints, constant otherwise"""
     beta_milestones: list[NonNegativeInt] = []
@@ -136,15 +131,11 @@ class Config(BaseModel):
     """Nesterov's form of momentum"""
     weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False)
     """weight decay of SGD, on every parameter"""
-    augment: Literal["crop-flip", "flip", "none"] = "crop-flip"
-    """random crops, and flips where the data allow them"""
-    image_size: int = Field(224, ge=1)
-    """height and width of the images of imagefolder and cub"""
-    max_unreadable: int = Field(100, ge=0)
-    """image files that may be unreadable, and are skipped, before the run ends"""
-
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of weights, data order and augmentation"""
+    skip_nonfinite: bool = False
+    """leave out steps whose gradients are not finite, instead of ending the run"""
+
     amp: Literal["none", "bf16", "fp16", "auto"] = "none"
     """autocast dtype; auto becomes bf16 on devices with instructions for it, else none"""
     precision: Literal["fp32", "fp64"] = "fp32"
@@ -155,8 +146,6 @@ class Config(BaseModel):
     """compile the models with torch.compile"""
     cuda_graphs: bool = False
     """replay each pass of a compiled model as one CUDA graph; without effect on CPUs"""
-    skip_nonfinite: bool = False
-    """leave out steps whose gradients are not finite, instead of ending the run"""
     deterministic: bool = True
     """deterministic CUDA kernels (the CPU's are in any case); false: whichever prove fastest"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -167,6 +156,8 @@ class Config(BaseModel):
     """data-loading processes per rank, of imagefolder and cub; 0 loads in the training process"""
     threads: int = Field(0, ge=0, le=2**15)
     """CPU threads per rank; 0 leaves PyTorch's choice"""
+    test_batch_size: int = Field(500, ge=1)
+    """images per step of the evaluation, on each rank"""
 
     output_dir: Path | None = None
     """where the run writes"""
@@ -176,21 +167,6 @@ class Config(BaseModel):
     """steps between checkpoints; 0: at the end of each epoch"""
     max_steps: int | None = Field(None, ge=1)
     """stop after this many steps; schedules still span epochs"""
-    limit_train: int | None = Field(None, ge=1)
-    """train on this many images (stratified, chosen by seed)"""
-    limit_test: int | None = Field(None, ge=1)
-    """test on this many images (stratified, the same for every seed)"""
-    test_batch_size: int = Field(500, ge=1)
-    """images per step of the evaluation, on each rank"""
-
-    freeze_bn: bool = False
-    """BatchNorm stays in eval mode while training"""
-    freeze: list[str] = []
-    """modules, or groups or blocks, whose parameters do not train"""
-    sync_bn: bool = False
-    """BatchNorm statistics over all ranks (CUDA only)"""
-    pretrained: bool | Path = False
-    """start from a file of weights or, true, torchvision's for ImageNet; of other classes fc is left out"""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -315,30 +291,7 @@ class Config(BaseModel):
 
 KEYS = [name.replace("_", "-") for name in Config.model_fields]
 
-# Keys that may change between a run and its continuation: they do not alter what is learned.
-FREE_KEYS = (
-    "data-dir",
-    "output-dir",
-    "resume",
-    "max-steps",
-    "checkpoint-every",
-    "workers",
-    "threads",
-    "max-unreadable",
-    "cuda-graphs",
-)
-
-
-def differing_keys(old: dict[str, Any], new: Config) -> list[str]:
-    """Keys in which the configuration stored by a run differs from `new`, except those free to change.
-
-    A key that did not exist when the run was stored had its default.
-    """
-    fields = Config.model_fields.items()
-    defaults = {name.replace("_", "-"): field.default for name, field in fields if not field.is_required()}
-    old, current = defaults | old, new.model_dump(mode="json", by_alias=True)
-    differing = (k for k in old.keys() | current.keys() if old.get(k) != current.get(k))
-    return sorted(str(k) for k in differing if k not in FREE_KEYS)
+EXAMPLES = {"student": ", such as wrn-16-1; or a recipe that names one"}  # of what is required
 
 
 def make_config(values: dict[str, Any], *, to_print: bool = False) -> Config:
@@ -349,137 +302,26 @@ def make_config(values: dict[str, Any], *, to_print: bool = False) -> Config:
     try:
         return Config.model_validate(values, context={"to_print": to_print})
     except ValidationError as error:
-        raise ConfigError("; ".join(_line(e, values) for e in error.errors())) from None
+        raise ConfigError("; ".join(map(_line, error.errors()))) from None
 
 
-class _RecipeLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently take the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value).replace("_", "-")
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} stands twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def load_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Keys of a recipe file: those of its `base`, its own over them.
-
-    A base is a path relative to the file; of several, each lies over those before it.
-    """
-    path = path.resolve()
-    if path in above:
-        raise ConfigError(f"recipe {path} is its own base")
-    try:
-        own = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
-    except OSError as error:
-        raise ConfigError(f"recipe {path}: {error.strerror}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"recipe {path} is not valid YAML{line}: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if own is None:
-        own = {}
-    if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
-        raise ConfigError(f"recipe {path} must be a mapping of keys to values")
-    own = {key.replace("_", "-"): value for key, value in own.items()}
-    bases = own.pop("base", None) or []
-    keys: dict[str, Any] = {}
-    for base in bases if isinstance(bases, list) else [bases]:
-        try:
-            keys |= load_recipe(path.parent / user_path(str(base)), (*above, path))
-        except UnknownHome as error:
-            raise ConfigError(f"recipe {path}: base {base}: {error}") from None
-    return keys | own
-
-
-def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
-    """Configuration of a command line, and whether it only asks to print it. Flags win over the recipe."""
-    parser = _Parser(
-        prog="train.py", description="Train an image classifier, alone or with a teacher.", allow_abbrev=False
-    )
-    parser.add_argument("--recipe", type=user_path, metavar="FILE", help="YAML file of the keys below")
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved configuration and exit"
-    )
-    for name, field in Config.model_fields.items():
-        options: dict[str, Any] = {"help": _help(field), "metavar": "VALUE", "default": argparse.SUPPRESS}
-        if field.annotation is bool:
-            options |= {"nargs": "?", "const": "true"}
-        elif "list" in str(field.annotation):
-            options |= {"nargs": "*"}
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **options)
-    words = sys.argv[1:] if argv is None else argv
-    for word in words:
-        if not _is_unicode(word):
-            raise ConfigError(f"{word!a} is not UTF-8")
-    arguments = vars(parser.parse_args(words))
-    recipe, print_config = arguments.pop("recipe"), arguments.pop("print_config")
-    flags = {key.replace("_", "-"): _unlist(key, value) for key, value in arguments.items()}
-    values = load_recipe(recipe) if recipe else {}
-    return make_config(values | flags, to_print=print_config), print_config
-
-
-def _is_unicode(word: str) -> bool:
-    """False for a word that Python has made of other bytes (PEP 383), such as a file name in Latin-1."""
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The nearest of the `known` words, to end a message with; nothing where none is near."""
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        unknown = [word for word in message.split() if word.startswith("--")]
-        if "unrecognized" in message and unknown:
-            near = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
-            message = f"unknown flag {unknown[0]}{near}"
-        raise ConfigError(message)
-
-
-def _unlist(key: str, value: Any) -> Any:
-    """Words of a list flag: `--taps groups`, `--taps a b` and `--taps a,b` are all understood."""
-    if not isinstance(value, list):
-        return value
-    words = [part for word in value for part in word.split(",") if part]
-    return words[0] if key == "taps" and len(words) == 1 else words
-
-
-def _help(field: Any) -> str:
-    choices = [str(c) for c in get_args(field.annotation) if isinstance(c, str)]
-    default = (
-        "" if field.is_required() or field.default in (None, []) else f"; default {_flag_text(field.default)}"
-    )
-    return f"{field.description}{' (' + ', '.join(choices) + ')' if choices else ''}{default}".replace(
-        "%", "%%"
-    )
-
-
-def _flag_text(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _line(error: Any, values: dict[str, Any]) -> str:
+def _line(error: Any) -> str:
     """One pydantic error as `key: what is wrong (got ...)`."""
     key = str(error["loc"][0]).replace("_", "-") if error["loc"] else ""
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         return f"unknown key {key}{did_you_mean(key, KEYS)}"
     if error["type"] == "missing":
-        return f"{key} is required"
+        return f"{key} is required{EXAMPLES.get(key, '')}"
     if not key:
         return message
-    return f"{key}: {message[0].lower() + message[1:]} (got {_flag_text(error['input'])!r})"
+    return f"{key}: {message[0].lower() + message[1:]} (got {flag_text(error['input'])!r})"
+
+
+def flag_text(value: Any) -> str:
+    """A key's value as one types it."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

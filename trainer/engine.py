@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer import build, checkpoint, data, distributed, reporting, resume, run_folder, schedules
-from trainer.config import Config, ConfigError, computes
+from trainer.config import Config
 from trainer.data.dataset import too_many
 from trainer.distributed import Ranks
+from trainer.errors import ConfigError
+from trainer.hardware import computes
 from trainer.meter import EvaluationMeter, Meter
 from trainer.objectives import Objective, describe
 from trainer.state import TrainState
@@ -70,8 +72,8 @@ class Run:
         tail = size % config.batch_size
         if min(config.batch_size, size, tail or size) < ranks.world:
             raise ConfigError(
-                f"a batch of {min(config.batch_size, size, tail or size)} images (of {size} by "
-                f"{config.batch_size}) cannot be shared by {ranks.world} ranks"
+                f"batch-size {config.batch_size}: a batch of {min(config.batch_size, size, tail or size)} "
+                f"images (of {size}) cannot be shared by {ranks.world} ranks"
             )
         self.steps_per_epoch = -(-size // config.batch_size)
         self.last_step = config.epochs * self.steps_per_epoch

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 
 try:
     import fcntl

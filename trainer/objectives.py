@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import at_fused
 from models import TappedModel
-from trainer.config import Config, ConfigError
+from trainer.config import Config
+from trainer.errors import ConfigError
 
 
 class Tapped(nn.Module):
@@ -171,7 +172,8 @@ def describe(objective: Objective, image: Tensor, batch: int) -> list[str]:
         try:
             objective.gradient_term(image, torch.zeros(1, dtype=torch.int64, device=image.device), None)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"method {config.method}: {error}") from None
+            layer = f", gradient-layer {config.gradient_layer}" if config.gradient_layer else ""
+            raise ConfigError(f"method {config.method}{layer}: {error}") from None
         return [*lines, f"{config.method} at the {where}: beta/2 {per_image / 2:.3g} per image"]
     if teacher is None:
         raise ConfigError(f"method {config.method} needs a teacher")

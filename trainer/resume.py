@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from trainer import checkpoint
-from trainer.config import Config, ConfigError, differing_keys
+from trainer.config import Config, flag_text
+from trainer.errors import ConfigError, checkpoint_of
 from trainer.lock import LOCK
 
 ARTEFACTS = (
@@ -24,6 +25,19 @@ ARTEFACTS = (
 )
 RESULTS = ("metrics.jsonl", "summary.json", "model.pt")  # written after the first checkpoint
 OTHER_FOLDER = "choose another output-dir"
+
+# Keys that may change between a run and its continuation: they do not alter what is learned.
+FREE_KEYS = (
+    "data-dir",
+    "output-dir",
+    "resume",
+    "max-steps",
+    "checkpoint-every",
+    "workers",
+    "threads",
+    "max-unreadable",
+    "cuda-graphs",
+)
 
 
 class Start(NamedTuple):
@@ -54,7 +68,7 @@ def find_start(config: Config) -> Start:
         ConfigError: the folder holds another run, or the checkpoint is none of this run's.
     """
     if config.output_dir is None:
-        raise ConfigError("output-dir is required")
+        raise ConfigError("output-dir is required, such as runs/first")
     folder = config.output_dir
     try:
         if folder.exists() and not folder.is_dir():
@@ -84,7 +98,8 @@ def find_start(config: Config) -> Start:
             )
             source = folder  # the same command, given again
         elif not path.is_dir():
-            return Start(folder, path, _resumable(checkpoint.load(path), path, config))
+            with checkpoint_of("resume"):
+                return Start(folder, path, _resumable(checkpoint.load(path), path, config))
     found = checkpoint.load_latest(source)
     if found is None:  # empty, or killed before its first checkpoint
         if source is not folder:
@@ -123,8 +138,8 @@ def _stored_config(folder: Path) -> dict[str, Any]:
 def _check_same_run(
     stored: dict[str, Any], config: Config, where: str, free: Sequence[str] = (), advice: str = ""
 ) -> None:
-    if keys := [key for key in differing_keys(stored, config) if key not in free]:
-        line = f"{where} holds a different run: {', '.join(keys)} differ"
+    if found := differences(stored, config, free):
+        line = f"{where} holds a different run: {differences_told(found)}"
         raise ConfigError(f"{line}; {advice}" if advice else line)
 
 
@@ -143,3 +158,23 @@ def check_identity(stored: dict[str, Any], identity: dict[str, Any], config: Con
             f"teacher-checkpoint {config.teacher_checkpoint} holds different weights from those this run "
             "began with"
         )
+
+
+def differences(old: dict[str, Any], new: Config, free: Iterable[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """Keys in which the configuration stored by a run differs from `new`, with both values, in that order.
+
+    Left out are those that are free to change, here also `free`. A key that did not exist when the run was
+    stored had its default.
+    """
+    fields = Config.model_fields.items()
+    defaults = {name.replace("_", "-"): field.default for name, field in fields if not field.is_required()}
+    old, current = defaults | old, new.model_dump(mode="json", by_alias=True)
+    differing = (k for k in old.keys() | current.keys() if old.get(k) != current.get(k))
+    kept = sorted(str(k) for k in differing if k not in (*FREE_KEYS, *free))
+    return {key: (old.get(key), current.get(key)) for key in kept}
+
+
+def differences_told(found: dict[str, tuple[Any, Any]]) -> str:
+    """`differences` in words."""
+    values = (f"{key} {flag_text(old)}, now {flag_text(new)}" for key, (old, new) in found.items())
+    return f"{', '.join(found)} differ ({'; '.join(values)})"

@@ -14,7 +14,8 @@ from torch import nn
 
 from trainer import checkpoint, lock, resume
 from trainer.checkpoint import write_atomically
-from trainer.config import Config, ConfigError
+from trainer.config import Config
+from trainer.errors import ConfigError
 from trainer.state import Metrics, Progress
 
 

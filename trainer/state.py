@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer import checkpoint
-from trainer.config import ConfigError
 from trainer.distributed import Ranks
+from trainer.errors import ConfigError
 from trainer.objectives import Tapped
 
 SUMS = 6  # of total, CE, AT and KD losses, of wrong answers, of images: what every checkpoint has

@@ -96,11 +96,11 @@ def _load_networks(args: argparse.Namespace) -> dict[str, Network]:
         raise ValueError(f"--compare-to {args.compare_to!r} is not one of the networks: {', '.join(titles)}")
     if args.taps and len(args.taps) not in (1, count):
         raise ValueError(f"--taps given {len(args.taps)} times for {count} networks")
+    pairs = zip(models, weights, strict=True)
+    loaded = [networks.load(name, None if file == "random" else file) for name, file in pairs]
     random = [title for title, file in zip(titles, weights, strict=True) if file == "random"]
     if random:
         _tell(f"random weights: {', '.join(random)}")
-    pairs = zip(models, weights, strict=True)
-    loaded = [networks.load(name, None if file == "random" else file) for name, file in pairs]
     if args.size:
         loaded = [replace(n, architecture=replace(n.architecture, size=args.size)) for n in loaded]
     return dict(zip(titles, loaded, strict=True))

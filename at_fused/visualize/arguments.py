@@ -6,6 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from .. import __version__
 from ..taps import close_names
 from . import output
 from .grid import SCALES
@@ -35,6 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
+    add("--version", action="version", version=f"at_fused {__version__}, torch {torch.__version__}")
     add(
         "--model",
         nargs="+",
@@ -112,7 +116,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        raise ValueError(message)
+        raise ValueError(f"{message} (examples: --help)" if "required" in message else message)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -120,8 +124,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("give either --images or --dataset")
     if "" in (args.images or ()):
         raise ValueError("--images: one of the paths is empty")
-    if any(value is not None and value < 1 for value in (args.count, args.levels, args.size)):
-        raise ValueError("--count, --levels and --size must be at least 1")
+    for name in ("count", "levels", "size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
     if args.gradient == []:
         args.gradient = [INPUT]
     known = _colour_maps()

@@ -131,6 +131,8 @@ def _zoo(name: str) -> tuple[Architecture | None, list[str]]:
             zoo.create(name)
     except zoo.UnknownModel:
         return None, zoo.available()
+    except ValueError as error:  # a size that can't be built
+        raise ValueError(f"model {name!r}: {error}") from None
 
     def pretrained() -> nn.Module:
         raise ValueError("the zoo publishes none; try torchvision/resnet18, timm/resnet18, ...")

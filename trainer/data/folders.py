@@ -25,10 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from at_fused.visualize.images import to_rgb
 from models import torchvision_compat  # noqa: F401  (before torchvision)
-from trainer.config import Config, RankError
+from trainer.config import Config
 from trainer.data.dataset import Batch, LabelledImages, check_limits, normalise, too_many
 from trainer.data.files import Files, read_cub, read_folders
 from trainer.data.sampling import generator
+from trainer.errors import RankError
 
 # isort: split
 from torchvision.transforms import v2

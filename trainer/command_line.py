@@ -1,0 +1,111 @@
+"""The command line of train.py: every key is a flag, and flags win over the recipe."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+
+import at_fused
+from at_fused.visualize.paths import user_path
+from trainer.config import Config, flag_text, make_config
+from trainer.errors import ConfigError, did_you_mean
+from trainer.recipes import load_recipe
+
+FIRST = "--recipe recipes/demo/student.yaml --output-dir runs/first"  # needs no data, takes seconds on a CPU
+
+# By the first of its keys, in the order of Config: a new key belongs to the group that it stands in there.
+GROUPS = {
+    "dataset": "data",
+    "student": "networks",
+    "method": "what the student learns from",
+    "epochs": "training",
+    "amp": "arithmetic and machine",
+    "output_dir": "the run",
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
+    """Configuration of a command line, and whether it only asks to print it. Flags win over the recipe.
+
+    Raises:
+        ConfigError: a mistake, in one line.
+        SystemExit: `--help` or `--version` was asked for, and printed.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        raise ConfigError(
+            f"nothing to train is named; to begin with: python train.py {FIRST} (all keys: --help)"
+        )
+    for word in words:
+        if not _is_unicode(word):
+            raise ConfigError(f"{word!a} is not UTF-8")
+    arguments = vars(_parser().parse_args(words))
+    recipe, print_config = arguments.pop("recipe"), arguments.pop("print_config")
+    flags = {key.replace("_", "-"): _unlist(key, value) for key, value in arguments.items()}
+    values = load_recipe(recipe) if recipe else {}
+    return make_config(values | flags, to_print=print_config), print_config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train.py",
+        usage="train.py [--recipe FILE] [--KEY VALUE ...]",
+        description="Train an image classifier, alone or as the student of a teacher.",
+        epilog=f"to begin with: python train.py {FIRST}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", type=user_path, metavar="FILE", help="YAML file of the keys below")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and exit"
+    )
+    versions = f"at_fused {at_fused.__version__}, torch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=versions, help="print the versions and exit")
+    group: Any = parser
+    for name, field in Config.model_fields.items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        options: dict[str, Any] = {"help": _help(field), "metavar": "VALUE", "default": argparse.SUPPRESS}
+        if field.annotation is bool:
+            options |= {"nargs": "?", "const": "true"}
+        elif "list" in str(field.annotation):
+            options |= {"nargs": "*"}
+        group.add_argument(f"--{name.replace('_', '-')}", dest=name, **options)
+    return parser
+
+
+def _is_unicode(word: str) -> bool:
+    """False for a word that Python has made of other bytes (PEP 383), such as a file name in Latin-1."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        unknown = [word for word in message.split() if word.startswith("--")]
+        if "unrecognized" in message and unknown:
+            near = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
+            message = f"unknown flag {unknown[0]}{near}"
+        raise ConfigError(message)
+
+
+def _unlist(key: str, value: Any) -> Any:
+    """Words of a list flag: `--taps groups`, `--taps a b` and `--taps a,b` are all understood."""
+    if not isinstance(value, list):
+        return value
+    words = [part for word in value for part in word.split(",") if part]
+    return words[0] if key == "taps" and len(words) == 1 else words
+
+
+def _help(field: Any) -> str:
+    choices = [str(c) for c in get_args(field.annotation) if isinstance(c, str)]
+    text = f"{field.description}{' (' + ', '.join(choices) + ')' if choices else ''}"
+    if not field.is_required() and field.default not in (None, []) and "default" not in field.description:
+        text += f"; default {flag_text(field.default)}"
+    return text.replace("%", "%%")
