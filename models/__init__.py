@@ -39,6 +39,18 @@ def _resnet(match: re.Match[str], num_classes: int, **options: Any) -> TappedMod
     return ResNet(int(match["depth"]), num_classes, **options)
 
 
+def _authors_resnet(match: re.Match[str], num_classes: int, **options: Any) -> TappedModel:
+    from models.resnet import AuthorsResNet
+
+    return AuthorsResNet(int(match["depth"]), num_classes, **options)
+
+
+def _cifar_resnet(match: re.Match[str], num_classes: int, **options: Any) -> TappedModel:
+    from models.cifar_resnet import WIDTHS, CifarResNet
+
+    return CifarResNet(int(match["depth"]), WIDTHS[match["width"] or ""], num_classes, **options)
+
+
 Builder = Callable[..., TappedModel]
 
 # What to print for a family (D: depth 6n + 4, K: width), the names it answers to, and who builds it.
@@ -50,6 +62,12 @@ _FAMILIES: list[tuple[list[str], str, Builder]] = [
         _nin,
     ),
     (["resnet-18", "resnet-34", "resnet-50", "resnet-101"], r"resnet-(?P<depth>18|34|50|101)", _resnet),
+    (["authors-resnet-18", "authors-resnet-34"], r"authors-resnet-(?P<depth>18|34)", _authors_resnet),
+    (
+        [f"resnet{depth}[x4]" for depth in (8, 14, 20, 32, 44, 56, 110)],
+        r"resnet(?P<depth>8|14|20|32|44|56|110)(?P<width>x4)?",
+        _cifar_resnet,
+    ),
 ]
 
 
@@ -57,7 +75,9 @@ def available() -> list[str]:
     """Names that `create` understands; `wrn-D-K` stands for any depth D = 6n + 4 and width K >= 1.
 
     What stands in brackets may be left out: `-nobn` is without BatchNorm, `-rawpool` without ReLU before
-    pooling, so `nin-thin-nobn-rawpool` is the student of the paper's Table 3.
+    pooling, so `nin-thin-nobn-rawpool` is the student of the paper's Table 3. `resnet20` and the like (no
+    hyphen) are for small images, with `x4` of four times the channels; `authors-resnet-18` and `-34` are from
+    the authors' ImageNet code.
     """
     return [name for names, _, _ in _FAMILIES for name in names]
 

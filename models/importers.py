@@ -1,8 +1,9 @@
 """Weights of other projects in the zoo's models, recognised by their keys.
 
-Understood are the zoo's own `state_dict`s (a ResNet's is torchvision's), the parameter dictionaries of the
-paper's authors for WRNs (szagoruyko/wide-residual-networks and attention-transfer, BatchNorm's statistics
-among the parameters or beside them), and the WRN `state_dict`s of RepDistiller and mdistiller.
+Understood are the zoo's own `state_dict`s (a ResNet's is torchvision's; one for small images RepDistiller's,
+mdistiller's and torchdistill's), the parameter dictionaries of the paper's authors for WRNs and ImageNet's
+ResNets (szagoruyko/wide-residual-networks and attention-transfer, BatchNorm's statistics among the parameters
+or beside them), the WRNs of RepDistiller and mdistiller, and what mmrazor saves of its WRN and of ResNets.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from at_fused import _weights
+from at_fused._weights import State
+from models.identify import AUTHORS, OPENMMLAB, REPDISTILLER, RESNET, ZOO_WRN, NotInZoo, zoo_name
 from models.tapped import TappedModel
-from models.wide_resnet import WideResNet
 
-State = dict[str, Tensor]
 SHOWN = 10  # keys of a kind that an error lists before it counts the rest
 
 
 @dataclass(frozen=True)
 class Naming:
-    """How a project calls the weights of a wide ResNet."""
+    """How a project calls the weights of a family of models."""
 
     name: str
-    block: str  # what only its keys match; the group is the number of the block
+    file: str  # what only its keys match
+    family: str  # what the zoo's keys of the family match
     key: Callable[[str], str]  # its key for the zoo's
 
 
@@ -38,16 +40,31 @@ def _authors_key(key: str) -> str:
     return re.sub(r"conv(\d?)\.weight", lambda m: f"conv{m[1] or 0}", key)
 
 
+def _authors_resnet_key(key: str) -> str:
+    return _authors_key(key.replace("layer", "group").replace("downsample.", "shortcut."))
+
+
 def _repdistiller_key(key: str) -> str:
     key = re.sub(r"^group(\d)\.", r"block\1.layer.", key)
     return re.sub(r"^(conv|bn)\.", r"\g<1>1.", key).replace("shortcut", "convShortcut")
 
 
-ZOO = Naming("a model of the zoo", r"group\d\.(\d+)\.", lambda key: key)
+def _mmrazor_key(key: str) -> str:
+    key = re.sub(r"^(conv|bn)\.", r"\g<1>1.", key.replace("group", "layer")).replace("shortcut", "downsample")
+    return _openmmlab_key(key)
+
+
+def _openmmlab_key(key: str) -> str:
+    return f"head.{key}" if key.startswith("fc.") else f"backbone.{key}"
+
+
+ZOO = Naming("a model of the zoo", "", "", lambda key: key)
 NAMINGS = [
-    ZOO,
-    Naming("the authors' WRN", r"group\d\.block(\d+)\.", _authors_key),
-    Naming("RepDistiller's WRN", r"block\d\.layer\.(\d+)\.", _repdistiller_key),
+    Naming("the authors' WRN", AUTHORS, ZOO_WRN, _authors_key),
+    Naming("the authors' ResNet", AUTHORS, RESNET, _authors_resnet_key),
+    Naming("RepDistiller's WRN", REPDISTILLER, ZOO_WRN, _repdistiller_key),
+    Naming("mmrazor's WRN", OPENMMLAB, ZOO_WRN, _mmrazor_key),
+    Naming("OpenMMLab's ResNet", OPENMMLAB, RESNET, _openmmlab_key),
 ]
 
 
@@ -55,84 +72,85 @@ def load_pretrained(path: str | Path, name: str | None = None) -> TappedModel:
     """The model whose weights `path` holds, in eval mode; nothing in the file is executed.
 
     Args:
-        path: a file of one of the kinds above, or one that holds it under "model", "state_dict" or "params".
+        path: a file of one of the kinds above, written by torch.save or safetensors, or a checkpoint that
+            holds it under "model", "state_dict", "params" or the like, wrapped or not, or beside a teacher's.
         name: the model's name in the zoo. Unset, it is found from the weights; a NIN's must be given, as they
             do not tell whether there is a ReLU before pooling.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint, an unknown architecture, or keys or shapes that do not fit; lists them.
+        ValueError: not a checkpoint, an architecture that the zoo has not, or keys or shapes that do not fit;
+            lists them.
     """
     from models import create
 
     state = _weights.load(path)
     try:
-        model = create(name or _name(state), **_ends(state))
+        model = create(name or zoo_name(state), **_ends(state))
         load_state(model, state)
+    except NotInZoo as error:
+        raise ValueError(f"{path}: holds {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return model.eval()
 
 
-def load_state(model: nn.Module, state: State) -> None:
+def load_state(model: nn.Module, state: State, *, new_classifier: bool = False) -> None:
     """Load weights of any known naming into `model`; the counts of BatchNorm's batches may be missing.
 
+    With `new_classifier` the last layer, `fc`, keeps its own weights where those given are of other classes.
+
     Raises:
-        ValueError: lists missing and unexpected keys, as the file calls them, shapes that differ and tensors
-            that are sparse.
+        ValueError: says which other architecture the weights are of, where that is known, and lists missing
+            and unexpected keys, as the file calls them, shapes that differ and tensors that are sparse.
     """
-    naming = _naming(state) if isinstance(model, WideResNet) else ZOO
-    own = {naming.key(key): (key, tensor) for key, tensor in model.state_dict().items()}
+    theirs = model.state_dict()
+    naming = _naming(state, theirs)
+    own = {naming.key(key): (key, tensor) for key, tensor in theirs.items()}
     shared = own.keys() & state.keys()
+    other = {key for key in shared if state[key].shape != own[key][1].shape}
+    if new_classifier and any(own[key][0].startswith("fc.") for key in other):
+        state = state | {key: tensor for key, (name, tensor) in own.items() if name.startswith("fc.")}
+        other = {key for key in other if not own[key][0].startswith("fc.")}
     missing = [key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked")]
-    shapes = [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(own[key][1].shape)}"
-        for key in shared
-        if state[key].shape != own[key][1].shape
-    ]
+    shapes = [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key][1].shape)}" for key in other]
     unexpected = state.keys() - own.keys()
     sparse = [key for key in shared if state[key].layout != torch.strided]
     kinds = (("missing", missing), ("unexpected", unexpected), ("shapes", shapes), ("sparse", sparse))
     problems = [_listed(kind, keys) for kind, keys in kinds if keys]
     if problems:
-        raise ValueError(f"read as {naming.name}: {'; '.join(problems)}")
-    model.load_state_dict({own[key][0]: state[key] for key in shared}, strict=False)
+        found, expected = _architecture(state), _architecture(theirs)
+        which = f"it holds {found}; " if found and found != expected else ""
+        raise ValueError(f"{which}read as {naming.name}: {'; '.join(problems)}")
+    model.load_state_dict({own[key][0]: state[key] for key in own.keys() & state.keys()}, strict=False)
 
 
-def _naming(state: State) -> Naming:
-    return next((n for n in NAMINGS if any(re.match(n.block, key) for key in state)), ZOO)
+def _naming(state: State, theirs: State) -> Naming:
+    def fits(pattern: str, keys: Collection[str]) -> bool:
+        return any(re.match(pattern, key) for key in keys)
+
+    return next((n for n in NAMINGS if fits(n.file, state) and fits(n.family, theirs)), ZOO)
 
 
-def _name(state: State) -> str:
-    """The zoo's name of the architecture that has these weights."""
-    naming = _naming(state)
-    blocks = [int(match[1]) for key in state if (match := re.match(naming.block, key))]
-    convs = [naming.key(f"group1.0.conv{i}.weight") for i in (1, 2)]  # one of them may be missing
-    widths = [len(state[key]) // 16 for key in convs if key in state and state[key].ndim]
-    if blocks and widths:
-        return f"wrn-{6 * (max(blocks) + 1) + 4}-{widths[0]}"
-    if "block1.conv1.weight" in state:
-        raise ValueError("the weights of a NIN do not tell which it is: name it")
-    from models.resnet import BLOCKS, Bottleneck  # torchvision takes seconds to import
-
-    layers = [{m[1] for key in state if (m := re.match(rf"layer{i}\.(\d+)\.", key))} for i in range(1, 5)]
-    counts = [len(layer) for layer in layers]
-    bottleneck = any(re.match(r"layer\d\.\d+\.conv3\.", key) for key in state)
-    for depth, (block, expected) in BLOCKS.items():
-        if counts == expected and bottleneck == (block is Bottleneck):
-            return f"resnet-{depth}"
-    raise ValueError(f"its {len(state)} keys are of no known model, such as: {', '.join(sorted(state)[:3])}")
+def _architecture(state: State) -> str | None:
+    """What these weights are of, in words; None where that is not known."""
+    try:
+        return zoo_name(state)
+    except NotInZoo as error:
+        return str(error)
+    except ValueError:
+        return None
 
 
 def _ends(state: State) -> dict[str, int]:
     """Numbers of input channels and of classes, as far as the weights tell."""
-    stems = (_naming(state).key("conv.weight"), "conv1.weight", "block1.conv1.weight")
     ends = {}
-    for key in stems:
-        if key in state and state[key].ndim == 4:
-            ends["in_channels"] = state[key].shape[1]
-    if "fc.weight" in state and state["fc.weight"].ndim == 2:
-        ends["num_classes"] = len(state["fc.weight"])
+    for stem in ("conv.weight", "conv0", "conv1.weight", "block1.conv1.weight", "backbone.conv1.weight"):
+        if stem in state and state[stem].ndim == 4:
+            ends["in_channels"] = state[stem].shape[1]
+    for classifier in ("fc.weight", "head.fc.weight"):
+        if classifier in state and state[classifier].ndim == 2:
+            ends["num_classes"] = len(state[classifier])
     return ends
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import at_fused
 import models
 from at_fused import _weights
+from models.identify import zoo_name
 from models.importers import load_state
 
 State = dict[str, Tensor]
@@ -36,16 +39,20 @@ def norm_params(name: str, channels: int) -> State:
 
 
 def norm_relu(x: Tensor, weights: State, name: str) -> Tensor:
+    return norm(x, weights, name).clamp(min=0)
+
+
+def norm(x: Tensor, weights: State, name: str) -> Tensor:
     parts = [weights[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
     mean, var, scale, shift = (part[:, None, None] for part in parts)
-    return ((x - mean) / (var + 1e-5).sqrt() * scale + shift).clamp(min=0)
+    return (x - mean) / (var + 1e-5).sqrt() * scale + shift
 
 
 # --- the authors' WRN: functions over a flat dictionary -----------------------------------------------
 
 
-def authors_weights(blocks: int, width: int, classes: int = 10) -> State:
-    widths = [16, 16 * width, 32 * width, 64 * width]
+def authors_weights(blocks: int, width: float, classes: int = 10) -> State:
+    widths = [16, *(int(channels * width) for channels in (16, 32, 64))]
     weights = {"conv0": draw(16, 3, 3, 3)}
     for g in range(3):
         for b in range(blocks):
@@ -94,7 +101,9 @@ def repdistiller_weights(blocks: int, width: int, classes: int = 100) -> State:
     return weights | {"fc.weight": draw(classes, widths[3]), "fc.bias": draw(classes)}
 
 
-def repdistiller_logits(w: State, blocks: int, x: Tensor) -> Tensor:
+def repdistiller_forward(w: State, blocks: int, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Features of the groups, which are `feats[1:-1]` there, and logits."""
+    feats = []
     out = F.conv2d(x, w["conv1.weight"], padding=1)
     for g in range(3):
         for b in range(blocks):
@@ -104,7 +113,97 @@ def repdistiller_logits(w: State, blocks: int, x: Tensor) -> Tensor:
             y = F.conv2d(norm_relu(y, w, f"{name}.bn2"), w[f"{name}.conv2.weight"], padding=1)
             equal = f"{name}.convShortcut.weight" not in w
             out = y + (out if equal else F.conv2d(pre, w[f"{name}.convShortcut.weight"], stride=stride))
-    return F.linear(norm_relu(out, w, "bn1").mean((2, 3)), w["fc.weight"], w["fc.bias"])
+        feats.append(out)
+    return feats, F.linear(norm_relu(out, w, "bn1").mean((2, 3)), w["fc.weight"], w["fc.bias"])
+
+
+def mmrazor_weights(w: State) -> State:
+    """RepDistiller's WRN under mmrazor's names: the same network."""
+    names = {r"^block(\d)\.layer": r"layer\1", "convShortcut": "downsample"}
+    for old, new in names.items():
+        w = {re.sub(old, new, key): value for key, value in w.items()}
+    return {("head." if key.startswith("fc.") else "backbone.") + key: value for key, value in w.items()}
+
+
+# --- RepDistiller's and mdistiller's ResNets for CIFAR ------------------------------------------------
+
+
+def small_resnet_weights(blocks: int, widths: list[int], classes: int = 100) -> State:
+    weights = {"conv1.weight": draw(widths[0], 3, 3, 3)} | norm_params("bn1", widths[0])
+    before = widths[0]
+    for g, after in enumerate(widths[1:]):
+        for b in range(blocks):
+            name = f"layer{g + 1}.{b}"
+            weights[f"{name}.conv1.weight"] = draw(after, before, 3, 3)
+            weights[f"{name}.conv2.weight"] = draw(after, after, 3, 3)
+            weights |= norm_params(f"{name}.bn1", after) | norm_params(f"{name}.bn2", after)
+            weights[f"{name}.bn1.num_batches_tracked"] = torch.tensor(7)
+            if b == 0 and (g > 0 or before != after):
+                weights[f"{name}.downsample.0.weight"] = draw(after, before, 1, 1)
+                weights |= norm_params(f"{name}.downsample.1", after)
+            before = after
+    return weights | {"fc.weight": draw(classes, widths[-1]), "fc.bias": draw(classes)}
+
+
+def small_resnet_forward(w: State, blocks: int, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Features of the groups, after the last ReLU, and logits."""
+    feats = []
+    x = norm_relu(F.conv2d(x, w["conv1.weight"], padding=1), w, "bn1")
+    for g in range(3):
+        for b in range(blocks):
+            name, stride = f"layer{g + 1}.{b}", 2 if g > 0 and b == 0 else 1
+            y = norm_relu(F.conv2d(x, w[f"{name}.conv1.weight"], stride=stride, padding=1), w, f"{name}.bn1")
+            y = norm(F.conv2d(y, w[f"{name}.conv2.weight"], padding=1), w, f"{name}.bn2")
+            if f"{name}.downsample.0.weight" in w:
+                shortcut = F.conv2d(x, w[f"{name}.downsample.0.weight"], stride=stride)
+                x = norm(shortcut, w, f"{name}.downsample.1")
+            x = (x + y).clamp(min=0)
+        feats.append(x)
+    return feats, F.linear(x.mean((2, 3)), w["fc.weight"], w["fc.bias"])
+
+
+# --- the authors' ResNets for ImageNet ----------------------------------------------------------------
+
+
+def authors_resnet_weights(blocks: list[int], width: float = 1, classes: int = 5) -> State:
+    widths = [int(width * channels) for channels in (64, 128, 256, 512)]
+    weights, before = {"conv0": draw(64, 3, 7, 7)} | norm_params("bn0", 64), 64
+    for g, after in enumerate(widths):
+        for b in range(blocks[g]):
+            name = f"group{g}.block{b}"
+            weights[f"{name}.conv0"], weights[f"{name}.conv1"] = (
+                draw(after, before, 3, 3),
+                draw(after, after, 3, 3),
+            )
+            weights |= norm_params(f"{name}.bn0", after) | norm_params(f"{name}.bn1", after)
+            if before != after:
+                weights[f"{name}.convdim"] = draw(after, before, 1, 1)
+            before = after
+    return weights | {"fc.weight": draw(classes, widths[-1]), "fc.bias": draw(classes)}
+
+
+def authors_resnet_forward(w: State, blocks: list[int], x: Tensor) -> tuple[list[Tensor], Tensor]:
+    feats = []
+    x = F.max_pool2d(norm_relu(F.conv2d(x, w["conv0"], stride=2, padding=3), w, "bn0"), 3, 2, 1)
+    for g, count in enumerate(blocks):
+        for b in range(count):
+            name, stride = f"group{g}.block{b}", 2 if g > 0 and b == 0 else 1
+            y = norm_relu(F.conv2d(x, w[f"{name}.conv0"], stride=stride, padding=1), w, f"{name}.bn0")
+            y = norm(F.conv2d(y, w[f"{name}.conv1"], padding=1), w, f"{name}.bn1")
+            if f"{name}.convdim" in w:
+                x = F.conv2d(x, w[f"{name}.convdim"], stride=stride)  # no BatchNorm
+            x = (x + y).clamp(min=0)
+        feats.append(x)
+    return feats, F.linear(x.mean((2, 3)), w["fc.weight"], w["fc.bias"])
+
+
+def check(path: Path, content: Any, expected: tuple[list[Tensor], Tensor], images: Tensor) -> None:
+    """The model in `path` has their logits, and at its groups their features."""
+    model = models.load_pretrained(path).double()
+    load_state(model, _weights.find(content))  # in fp64, as the file has it
+    with torch.no_grad(), at_fused.FeatureTaps(model, model.taps["groups"]) as taps:
+        logits = model(images)
+        torch.testing.assert_close([*taps.features, logits], [*expected[0], expected[1]])
 
 
 STATISTICS = ("running_mean", "running_var")
@@ -161,10 +260,73 @@ REPDISTILLER_FILES = {
 def test_repdistiller_wrn(blocks: int, width: int, wrap: Any, tmp_path: Path) -> None:
     weights = repdistiller_weights(blocks, width)
     torch.save(wrap(weights), tmp_path / "ckpt.pth")
-    model = models.load_pretrained(tmp_path / "ckpt.pth").double()
-    load_state(model, _weights.find(wrap(weights)))
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    torch.testing.assert_close(model(images), repdistiller_logits(weights, blocks, images))
+    expected = repdistiller_forward(weights, blocks, images)
+    check(tmp_path / "ckpt.pth", wrap(weights), expected, images)
+
+
+SMALL_RESNETS = {
+    "resnet8": (1, [16, 16, 32, 64]),
+    "resnet20": (3, [16, 16, 32, 64]),
+    "resnet8x4": (1, [32, 64, 128, 256]),
+}
+
+
+@pytest.mark.parametrize("wrap", REPDISTILLER_FILES.values(), ids=REPDISTILLER_FILES.keys())
+@pytest.mark.parametrize("name", SMALL_RESNETS)
+def test_repdistiller_resnet(name: str, wrap: Any, tmp_path: Path) -> None:
+    blocks, widths = SMALL_RESNETS[name]
+    weights = small_resnet_weights(blocks, widths)
+    torch.save(wrap(weights), tmp_path / "ckpt.pth")
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    check(tmp_path / "ckpt.pth", wrap(weights), small_resnet_forward(weights, blocks, images), images)
+    assert zoo_name(weights) == name
+
+
+@pytest.mark.parametrize("blocks, width", [(2, 1), (1, 2)])
+def test_mmrazor_wrn(blocks: int, width: int, tmp_path: Path) -> None:
+    weights = repdistiller_weights(blocks, width)
+    theirs, teacher = mmrazor_weights(weights), mmrazor_weights(repdistiller_weights(1, 3))
+    content = {
+        "state_dict": {f"architecture.{k}": v for k, v in theirs.items()}
+        | {f"teacher.{k}": v for k, v in teacher.items()}
+        | {"distiller.connectors.c.weight": draw(2, 2)},
+        "meta": {"epoch": 3, "config": HistoryBuffer()},
+    }
+    torch.save(content, tmp_path / "epoch_3.pth")
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    check(tmp_path / "epoch_3.pth", content, repdistiller_forward(weights, blocks, images), images)
+
+
+class HistoryBuffer:
+    """Of a project that is not installed here."""
+
+
+def test_openmmlab_resnet(tmp_path: Path) -> None:
+    ours = models.create("resnet-18", 5).eval()
+    theirs = {("head." if k.startswith("fc.") else "backbone.") + k: v for k, v in ours.state_dict().items()}
+    torch.save({"state_dict": theirs}, tmp_path / "resnet18.pth")
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(models.load_pretrained(tmp_path / "resnet18.pth")(images), ours(images))
+    student = models.create("resnet-18", 7)
+    own = student.fc.weight.clone()
+    load_state(student, theirs, new_classifier=True)
+    assert torch.equal(student.fc.weight, own)
+    assert torch.equal(student.conv1.weight, ours.conv1.weight)
+
+
+@pytest.mark.parametrize("depth, blocks", [(18, [2, 2, 2, 2]), (34, [3, 4, 6, 5])])
+def test_authors_resnet(depth: int, blocks: list[int], tmp_path: Path) -> None:
+    weights = authors_resnet_weights(blocks)
+    content = {
+        "params": {f"student.{k}": v for k, v in weights.items()}
+        | {"teacher.conv0.weight": draw(64, 3, 7, 7)}
+    }
+    torch.save(content, tmp_path / "model.pt7")
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    check(tmp_path / "model.pt7", content, authors_resnet_forward(weights, blocks, images), images)
+    assert zoo_name(weights) == zoo_name(models.create(f"authors-resnet-{depth}").state_dict())
+    assert zoo_name(weights) == f"authors-resnet-{depth}"
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50])
@@ -180,7 +342,13 @@ def test_torchvision_resnet(depth: int, tmp_path: Path) -> None:
     assert ours.taps["groups"] == ["layer1", "layer2", "layer3", "layer4"]
 
 
-@pytest.mark.parametrize("name", ["wrn-10-2", "wrn-16-1", "resnet-34", "nin-thin", "nin-thin-nobn-rawpool"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("wrn-10-2", "wrn-16-1", "resnet-34", "authors-resnet-18", "resnet20", "resnet8x4"),
+        *("nin-thin", "nin-thin-nobn-rawpool"),
+    ],
+)
 def test_own_weights_come_back(name: str, tmp_path: Path) -> None:
     model = models.create(name, num_classes=7, in_channels=1).eval()
     torch.save({"model": model.state_dict()}, tmp_path / "model.pt")
@@ -309,3 +477,99 @@ def test_unreadable_files(tmp_path: Path) -> None:
     for name in ("code.pt", "text.pt", "flipped.pt"):
         with pytest.raises(ValueError, match=f"{name} is damaged, truncated or not a checkpoint"):
             models.load_pretrained(tmp_path / name)
+
+
+# --- other architectures are named, not misread -----------------------------------------------------------
+
+
+def torchvision_state(name: str) -> State:
+    models.create("resnet-18")  # makes torchvision importable next to a CPU-only torch
+    import torchvision.models
+
+    return getattr(torchvision.models, name)(num_classes=5).state_dict()
+
+
+def exported(weights: State) -> State:
+    """As the authors' exported teachers: convolutions with biases, no BatchNorm."""
+    kept = {key: value for key, value in weights.items() if ".bn" not in key}
+    return {re.sub(r"(conv\d)$", r"\1.weight", key): value for key, value in kept.items()}
+
+
+def torchdistill_weights() -> State:
+    names = {r"^block(\d)\.layer": r"layer\1", "convShortcut": "shortcut.0"}
+    weights = repdistiller_weights(2, 2)
+    for old, new in names.items():
+        weights = {re.sub(old, new, key): value for key, value in weights.items()}
+    return weights
+
+
+FOREIGN = {
+    "a wide torchvision ResNet": (
+        lambda: torchvision_state("wide_resnet50_2"),
+        "resnet-50",
+        "holds a ResNet of 3, 4, 6, 3 bottlenecks whose layer1.0.conv2.weight is (128, 128, 3, 3)",
+    ),
+    "a ResNeXt": (
+        lambda: torchvision_state("resnext50_32x4d"),
+        "resnet-50",
+        "holds a ResNet of 3, 4, 6, 3 bottlenecks whose layer1.0.conv2.weight is (128, 4, 3, 3)",
+    ),
+    "another depth": (
+        lambda: torchvision_state("resnet152"),
+        "resnet-101",
+        "holds a ResNet of 3, 8, 36, 3 bottlenecks",
+    ),
+    "a WRN of fractional width": (
+        lambda: authors_weights(2, 1.5),
+        "wrn-16-1",
+        "holds a wide ResNet with groups of 24, 48, 96 channels; the zoo's have 16, 32, 64 times a whole",
+    ),
+    "an ImageNet ResNet of the authors, of half the width": (
+        lambda: authors_resnet_weights([2, 2, 2, 2], 0.5),
+        "resnet-18",
+        "holds the authors' ImageNet ResNet with groups of 2, 2, 2, 2 blocks and 32, 64, 128, 256 channels",
+    ),
+    "an exported teacher of the authors": (
+        lambda: exported(authors_resnet_weights([2, 2, 2, 2])),
+        "wrn-16-1",
+        "holds the authors' exported ResNet, with BatchNorm folded into its convolutions",
+    ),
+    "torchdistill's WRN": (
+        torchdistill_weights,
+        "wrn-16-2",
+        "holds torchdistill's wide ResNet, whose shortcuts",
+    ),
+    "a ResNet for CIFAR of another width": (
+        lambda: small_resnet_weights(1, [16, 32, 64, 128]),
+        "resnet8",
+        "holds a ResNet of 1, 1, 1 blocks and 32, 64, 128 channels; the zoo's resnet8 has 16, 32, 64",
+    ),
+}
+
+
+@pytest.mark.parametrize("weights, name, words", FOREIGN.values(), ids=FOREIGN.keys())
+def test_foreign_architectures_are_named(weights: Any, name: str, words: str, tmp_path: Path) -> None:
+    """Where the architecture is found from the file, and where the user has named a similar one."""
+    state = weights()
+    assert f"file.pt: {words}" in refusal(state, tmp_path)
+    text = refusal(state, tmp_path, name)
+    assert f"it {words}" in text
+    assert "read as " in text
+    assert "\n" not in text
+
+
+def test_the_file_of_another_model_of_the_zoo_is_named(tmp_path: Path) -> None:
+    assert "file.pt: it holds wrn-10-2; read as" in refusal(authors_weights(1, 2), tmp_path, "wrn-10-1")
+    assert "it holds authors-resnet-18; read as" in refusal(
+        authors_resnet_weights([2] * 4), tmp_path, "wrn-16-1"
+    )
+    resnet = models.create("resnet-18").state_dict()
+    assert "it holds resnet-18; read as" in refusal(resnet, tmp_path, "resnet20")
+
+
+def test_unknown_keys_and_what_is_known(tmp_path: Path) -> None:
+    text = refusal({"encoder.weight": torch.zeros(2, 2), "encoder.bias": torch.zeros(2)}, tmp_path)
+    assert (
+        "its 2 keys are of no known model, such as: encoder.bias, encoder.weight; known are those of wrn-D-K"
+        in text
+    )

@@ -202,6 +202,57 @@ def test_resnet_takes_grey_images() -> None:
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 4)
 
 
+@pytest.mark.parametrize("name, torchvisions", [("18", 11_689_512), ("34", 21_797_672)])
+def test_authors_resnet_has_no_norms_on_shortcuts(name: str, torchvisions: int) -> None:
+    """Else it is torchvision's; "34" has two more of the blocks with 512 channels."""
+    model = models.create(f"authors-resnet-{name}", num_classes=1000)
+    norms, blocks = 2 * (128 + 256 + 512), 2 * (2 * 9 * 512**2 + 4 * 512)
+    assert parameters(model) == torchvisions - norms + (blocks if name == "34" else 0)
+    _, features = tapped(model, torch.randn(1, 3, 64, 64), model.taps["groups"])
+    assert [feature.shape[1:] for feature in features] == [
+        (64, 16, 16),
+        (128, 8, 8),
+        (256, 4, 4),
+        (512, 2, 2),
+    ]
+
+
+# In millions, for 100 classes, as papers that use RepDistiller's networks give them.
+SMALL_RESNETS = {
+    "resnet20": 0.28,
+    "resnet32": 0.47,
+    "resnet56": 0.86,
+    "resnet110": 1.74,
+    "resnet8x4": 1.23,
+    "resnet32x4": 7.43,
+}
+
+
+@pytest.mark.parametrize("name, millions", SMALL_RESNETS.items())
+def test_small_resnets(name: str, millions: float) -> None:
+    model = models.create(name, num_classes=100)
+    assert parameters(model) / 1e6 == pytest.approx(millions, abs=0.005)
+    assert model.taps["groups"] == ["layer1", "layer2", "layer3"]
+    depth = int(name.removeprefix("resnet").removesuffix("x4"))
+    assert len(model.taps["blocks"]) == (depth - 2) // 2
+    if depth > 32:
+        return
+    logits, features = tapped(model, torch.randn(2, 3, 32, 32), model.taps["groups"])
+    width = 4 if name.endswith("x4") else 1
+    assert [f.shape for f in features] == [
+        (2, 16 * width, 32, 32),
+        (2, 32 * width, 16, 16),
+        (2, 64 * width, 8, 8),
+    ]
+    assert logits.shape == (2, 100)
+    assert all(feature.min() >= 0 for feature in features)
+
+
+def test_small_resnets_take_grey_images_of_any_size() -> None:
+    model = models.create("resnet8", num_classes=7, in_channels=1)
+    assert model(torch.randn(2, 1, 9, 14)).shape == (2, 7)
+
+
 def test_student_and_teacher_features_can_be_compared() -> None:
     images = torch.randn(2, 3, 16, 16)
     student, teacher = models.create("wrn-16-1"), models.create("wrn-40-2")
@@ -243,6 +294,10 @@ def test_unknown_name_lists_what_exists() -> None:
         (" wrn-16-1", "unknown model"),
         ("wrn-16-1\n", "unknown model"),
         ("resnet-20", "unknown model"),
+        ("resnet18", "unknown model"),
+        ("resnet50", "unknown model"),
+        ("resnet20x2", "unknown model"),
+        ("authors-resnet-50", "unknown model"),
         ("nin", "unknown model"),
         ("nin-thin-rawpool-nobn", "unknown model"),
     ],
@@ -253,7 +308,7 @@ def test_impossible_names_are_refused(name: str, reason: str) -> None:
     assert isinstance(error.value, models.UnknownModel) == (reason == "unknown model")
 
 
-@pytest.mark.parametrize("name", ["wrn-16-1", "nin-thin", "resnet-18"])
+@pytest.mark.parametrize("name", ["wrn-16-1", "nin-thin", "resnet-18", "resnet20"])
 def test_impossible_sizes_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="num_classes"):
         models.create(name, num_classes=0)

@@ -132,7 +132,8 @@ def load_weights(model: nn.Module, path: Path, name: str, *, new_classifier: boo
     """
     content = load(path)
     try:
-        load_state(model, _with_own_classifier(_weights.find(content), model, new_classifier))
+        state = _weights.find(content, model.state_dict().keys())
+        load_state(model, state, new_classifier=new_classifier)
     except ValueError as error:
         raise ConfigError(f"checkpoint {path} does not fit {name}: {error}") from None
 
@@ -157,10 +158,4 @@ def load_published_weights(model: nn.Module, name: str) -> None:
         raise ConfigError(
             f"pretrained true: the weights of {name} can't be downloaded ({error}); name a file"
         ) from None
-    load_state(model, _with_own_classifier(dict(state), model, True))
-
-
-def _with_own_classifier(state: dict[str, Tensor], model: nn.Module, wanted: bool) -> dict[str, Tensor]:
-    own = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
-    differs = any(key in state and state[key].shape != value.shape for key, value in own.items())
-    return state | own if wanted and differs else state
+    load_state(model, dict(state), new_classifier=True)

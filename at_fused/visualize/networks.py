@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,7 @@ def _zoo(name: str) -> tuple[Architecture | None, list[str]]:
     def pretrained() -> nn.Module:
         raise ValueError("the zoo publishes none; try torchvision/resnet18, timm/resnet18, ...")
 
-    small = not name.startswith("resnet")
+    small = re.fullmatch(r"(authors-)?resnet-\d+", name) is None
     architecture = Architecture(
         name,
         lambda classes: zoo.create(name, **({} if classes is None else {"num_classes": classes})),
@@ -196,12 +197,12 @@ def _import(name: str) -> Any:
 
 def _read(architecture: Architecture, path: Path) -> nn.Module:
     """A model with the weights in `path`; the last layer gets as many classes as they have."""
-    try:
-        state = _weights.load(path)
-    except ValueError as error:
-        raise ValueError(f"checkpoint {error}") from None
     model = architecture.create(None)
     own = model.state_dict()
+    try:
+        state = _weights.load(path, own.keys())
+    except ValueError as error:
+        raise ValueError(f"checkpoint {error}") from None
     heads = {
         len(state[key])
         for key in own.keys() & state.keys()
