@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,22 +186,32 @@ CIFAR = {
 @pytest.mark.parametrize(
     "augment, pad, flips", [("crop-flip", 4, True), ("flip", 0, True), ("none", 0, False)]
 )
-@pytest.mark.parametrize("name", CIFAR)
+@pytest.mark.parametrize("name, padding", [*product(CIFAR, ["reflect"]), ("cifar100", "zeros")])
 def test_cifar_is_padded_flipped_and_normalised(
-    name: str, augment: str, pad: int, flips: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    padding: str,
+    augment: str,
+    pad: int,
+    flips: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each training image is a crop of the reflected one; all offsets and both sides come."""
+    """Each training image is a crop of the bordered one; all offsets and both sides come."""
     kind, classes, mean, std = CIFAR[name]
     stored = np.random.default_rng(0).integers(256, size=(100, 3, 32, 32), dtype=np.uint8)
     store_cifar(monkeypatch, tmp_path, stored, kind)
-    keys = {"dataset": name, "augment": augment, "student": "wrn-10-1", "data-dir": str(tmp_path)}
+    keys = {"dataset": name, "augment": augment, "crop-padding": padding}
+    keys |= {"student": "wrn-10-1", "data-dir": str(tmp_path)}
     dataset = data.load(make_config(keys), CPU)
     assert dataset.classes == classes
     exact = (stored - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
     ((images, _),) = dataset.evaluation_batches([slice(5, 8)])
     np.testing.assert_allclose(images, exact[5:8], rtol=1e-5, atol=1e-6)
 
-    padded = np.pad(exact, ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode="reflect")
+    modes: dict[str, dict[str, Any]] = {"reflect": {"mode": "reflect"}, "zeros": {"mode": "constant"}}
+    border = ((0, 0), (0, 0), (pad, pad), (pad, pad))
+    padded = np.pad(stored, border, **modes[padding])  # pixels: a normalised 0 is not black
+    padded = (padded - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
     offsets = range(2 * pad + 1)
     crops = list(product((1, -1), offsets, offsets))
     ((images, labels),) = dataset.training_batches(0, 0, [slice(0, 100)])

@@ -129,11 +129,11 @@ def test_facts_of_the_paper_and_its_code(name: str, facts: dict[str, Any]) -> No
 
 # By the folder of a recipe. CIFAR: section 4.1 and the authors' code. Table 3: section 4.1.3, flips alone, no
 # weight decay; its rate is ours. Table 4: section 4.2.1; its schedule is ours. Table 5: section 4.2.2 and
-# fb.resnet.torch.
+# fb.resnet.torch. CIFAR-100: RepDistiller's train_student.py and dataset/cifar100.py.
 SCHEDULES = """
 table1: &cifar {dataset: cifar10, lr: 0.1, lr-schedule: step, lr-milestones: [60, 120, 160], lr-gamma: 0.2,
   epochs: 200, batch-size: 128, weight-decay: 5.0e-4, momentum: 0.9, nesterov: false, augment: crop-flip,
-  freeze-bn: false, freeze: [], pretrained: false, accumulate: 1}
+  crop-padding: reflect, freeze-bn: false, freeze: [], pretrained: false, accumulate: 1}
 table2: *cifar
 groups: *cifar
 table3: {<<: *cifar, lr: 0.02, weight-decay: 0, augment: flip, deterministic: true}
@@ -143,6 +143,9 @@ table4: {lr: 0.01, lr-schedule: step, lr-milestones: [30, 45], lr-gamma: 0.1, ep
 table5: {dataset: imagefolder, lr: 0.1, lr-schedule: step, lr-milestones: [30, 60, 90], lr-gamma: 0.1,
   epochs: 100, batch-size: 256, weight-decay: 1.0e-4, momentum: 0.9, nesterov: false, augment: crop-flip,
   image-size: 224, freeze-bn: false, freeze: [], pretrained: false}
+cifar100: {dataset: cifar100, lr: 0.05, lr-schedule: step, lr-milestones: [150, 180, 210], lr-gamma: 0.1,
+  epochs: 240, batch-size: 64, weight-decay: 5.0e-4, momentum: 0.9, nesterov: false, augment: crop-flip,
+  crop-padding: zeros, freeze-bn: false, freeze: [], pretrained: false, accumulate: 1}
 """
 
 # By the column of a table: sections 4.1 (temperature, alpha), 4.1.1 (AT), 4.1.2 (hints) and 4.1.3. The betas
@@ -189,7 +192,7 @@ def test_figures_of_every_cell(table: str) -> None:
             assert {key: config[key] for key in facts} == facts, cell["recipe"]
 
 
-def paper(table: str, row: str) -> list[float]:
+def paper(table: str, row: str) -> list[float | None]:
     """Errors of a row as the paper prints them, teacher last, variants left out."""
     cells = TABLES[table]["rows"][row]
     return [cell["paper"] for cell in cells.values() if "paper" in cell]
@@ -218,6 +221,20 @@ def test_figures_of_the_paper() -> None:
     assert [cell["paper_top5"] for cell in cells if "paper" in cell] == [10.8, 10.0, 8.3]
 
 
+def test_figures_of_repdistillers_readme() -> None:
+    """It gives accuracies: teacher 75.61 and student, AT, KD."""
+    accuracies = {
+        "wrn-16-2-from-wrn-40-2": [73.26, 74.08, 74.92, None, 75.61],
+        "wrn-40-1-from-wrn-40-2": [71.98, 72.77, 73.54, None, 75.61],
+    }
+    assert list(TABLES["cifar100"]["rows"]) == list(accuracies)
+    for row, values in accuracies.items():
+        cells = TABLES["cifar100"]["rows"][row]
+        assert list(cells) == ["student", "at", "kd", "at-kd", "teacher"]
+        errors = [None if value is None else pytest.approx(100 - value) for value in values]
+        assert paper("cifar100", row) == errors
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_every_cell_has_a_recipe_of_its_row(table: str) -> None:
     for row, cells in TABLES[table]["rows"].items():
@@ -242,7 +259,7 @@ def test_the_index_names_every_cell() -> None:
         section = text.partition(f"### {table['title']}\n")[2].partition("###")[0]
         for row, cells in table["rows"].items():
             for column, cell in cells.items():
-                figure = f"{cell['paper']:.2f}" if "paper" in cell else ""
+                figure = "" if cell.get("paper") is None else f"{cell['paper']:.2f}"
                 if "paper_top5" in cell:
                     figure += f" (top 5: {cell['paper_top5']:.2f})"
                 recipe = cell["recipe"]

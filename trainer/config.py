@@ -52,6 +52,8 @@ class Config(BaseModel):
     """height and width of the images of imagefolder and cub"""
     augment: Literal["crop-flip", "flip", "none"] = "crop-flip"
     """random crops, and flips where the data allow them"""
+    crop_padding: Literal["reflect", "zeros"] = "reflect"
+    """what borders the images of cifar and digits before they are cropped: their reflection, or black"""
     max_unreadable: int = Field(100, ge=0)
     """image files that may be unreadable, and are skipped, before the run ends"""
     limit_train: int | None = Field(None, ge=1)

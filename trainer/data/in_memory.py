@@ -41,7 +41,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageSet(LabelledImages):
-    """A data set and how it is augmented: pixels of reflected padding for random crops, and random flips."""
+    """A data set and how it is augmented: `pad` pixels of border for random crops, and random flips."""
 
     train: Split
     test: Split
@@ -50,6 +50,7 @@ class ImageSet(LabelledImages):
     std: Tensor
     pad: int
     flip: bool
+    padding: str = "reflect"
 
     def example(self) -> Tensor:
         return evaluation_batch(self, slice(0, 1))[0]
@@ -85,6 +86,7 @@ def load(config: Config, device: torch.device) -> ImageSet:
         std=torch.tensor(std, device=device),
         pad=pad if config.augment == "crop-flip" else 0,
         flip=flip and config.augment != "none",
+        padding=config.crop_padding,
     )
 
 
@@ -102,9 +104,8 @@ def plan_epoch(dataset: ImageSet, seed: int, epoch: int) -> EpochPlan:
 def training_batch(dataset: ImageSet, plan: EpochPlan, part: slice) -> Batch:
     """The augmented images at places `part` of the epoch."""
     chosen = plan.order[part]
-    images = augment(
-        dataset.train.images, chosen, plan.down[part], plan.right[part], plan.flip[part], dataset.pad
-    )
+    draws = plan.down[part], plan.right[part], plan.flip[part]
+    images = augment(dataset.train.images, chosen, *draws, dataset.pad, dataset.padding)
     return normalise(images, dataset.mean, dataset.std), dataset.train.labels[chosen]
 
 
@@ -113,21 +114,33 @@ def evaluation_batch(dataset: ImageSet, part: slice) -> Batch:
     return normalise(dataset.test.images[part], dataset.mean, dataset.std), dataset.test.labels[part]
 
 
-def augment(images: Tensor, chosen: Tensor, down: Tensor, right: Tensor, flip: Tensor, pad: int) -> Tensor:
-    """Pad by reflection, crop back to size at (down, right), mirror where `flip`: one gather per batch.
+def augment(
+    images: Tensor,
+    chosen: Tensor,
+    down: Tensor,
+    right: Tensor,
+    flip: Tensor,
+    pad: int,
+    padding: str = "reflect",
+) -> Tensor:
+    """Pad by reflection or zeros, crop back to size at (down, right), mirror where `flip`: one gather.
 
     `images` (N, H, W, C) uint8, contiguous; `chosen`, `down`, `right`, `flip` (n,). Returns
     (n, H, W, C) uint8.
     """
     height, width = images.shape[1:3]
-    rows = _reflect(down[:, None] + torch.arange(height, device=images.device) - pad, height)
+    rows = down[:, None] + torch.arange(height, device=images.device) - pad
     columns = torch.arange(width, device=images.device)
-    columns = torch.where(flip[:, None], width - 1 - columns, columns)
-    columns = _reflect(right[:, None] + columns - pad, width)
-    pixels = (chosen[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
+    columns = right[:, None] + torch.where(flip[:, None], width - 1 - columns, columns) - pad
+    inside_rows, inside_columns = _reflect(rows, height), _reflect(columns, width)
+    pixels = (chosen[:, None, None] * height + inside_rows[:, :, None]) * width + inside_columns[:, None, :]
     # index_select takes whole pixels: on a CPU a fifth of the time of indexing by three tensors
     flat = images.view(-1, images.shape[3])  # flatten would copy a strided set, whole, for every batch
-    return flat.index_select(0, pixels.flatten()).view(*pixels.shape, images.shape[3])
+    crops = flat.index_select(0, pixels.flatten()).view(*pixels.shape, images.shape[3])
+    if padding == "zeros":
+        border = (inside_rows != rows)[:, :, None] | (inside_columns != columns)[:, None, :]
+        crops.masked_fill_(border[..., None], 0)
+    return crops
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:
