@@ -15,6 +15,7 @@ from cases import assert_within, exact, feature
 from torch import Tensor
 
 import at_fused
+import models
 
 Features = list[Tensor]
 
@@ -155,6 +156,14 @@ def test_torchdistill() -> None:
     assert_equal(ours, paper, s_feats, t_feats, 1, distance="norm")
 
 
+def test_mmrazor() -> None:
+    s_feats, t_feats = pairs()
+    weights = [25000.0, 100.0]
+    code = sum(w * authors([s], [t]) for w, s, t in zip(weights, s_feats, t_feats, strict=True))
+    ours = at_fused.attention_loss(s_feats, t_feats, weights=weights)
+    assert_equal(ours, code, s_feats, t_feats, 1, weights=weights)
+
+
 @pytest.mark.parametrize("p", [1, 2, 3])
 def test_knowledge_distillation_zoo(p: int) -> None:
     s_feats, t_feats = pairs()
@@ -222,6 +231,15 @@ def ours_as_torchdistill(s: Tensor, t: Tensor, y: Tensor, alpha: float) -> Tenso
     return at_fused.distillation_loss(s, t, y, alpha=1 - alpha)
 
 
+def mmrazor_kd(s: Tensor, t: Tensor, y: Tensor, alpha: float) -> Tensor:
+    """KLDivergence(tau=1, loss_weight=alpha), batchmean, beside the head's cross-entropy."""
+    return F.cross_entropy(s, y) + alpha * divergence(s, t, 1).sum(1).mean()
+
+
+def ours_as_mmrazor(s: Tensor, t: Tensor, y: Tensor, alpha: float) -> Tensor:
+    return (1 + alpha) * at_fused.distillation_loss(s, t, y, temperature=1, alpha=alpha / (1 + alpha))
+
+
 def ours_as_authors(s: Tensor, t: Tensor, y: Tensor, alpha: float) -> Tensor:
     return at_fused.distillation_loss(s, t, y, alpha=alpha)
 
@@ -233,6 +251,7 @@ def ours_as_authors(s: Tensor, t: Tensor, y: Tensor, alpha: float) -> Tensor:
         (authors_kd_at_first, ours_as_at_first),
         (repdistiller_kd, ours_as_repdistiller),
         (torchdistill_kd, ours_as_torchdistill),
+        (mmrazor_kd, ours_as_mmrazor),
     ],
 )
 @pytest.mark.parametrize("alpha", [0.9, 0.3])
@@ -243,3 +262,25 @@ def test_distillation(theirs: Callable[..., Tensor], ours: Callable[..., Tensor]
     torch.testing.assert_close(mine, other, rtol=1e-13, atol=0)
     mine, other = (torch.autograd.grad(loss, student)[0] for loss in (mine, other))
     torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-15)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_mdistillers_second_call_of_a_batch_norm() -> None:
+    """Two updates a step with the same batch are one with momentum 1 - 0.9^2, and normalise alike."""
+    twice, once = torch.nn.BatchNorm2d(3).double(), torch.nn.BatchNorm2d(3, momentum=0.19).double()
+    for step in range(3):
+        x = feature(4, 3, 5, 5, dtype=torch.float64, seed=step)
+        twice(x)
+        torch.testing.assert_close(once(x), twice(x), rtol=1e-13, atol=0)
+    torch.testing.assert_close(once.running_mean, twice.running_mean, rtol=1e-13, atol=0)
+    torch.testing.assert_close(once.running_var, twice.running_var, rtol=1e-13, atol=0)
+
+
+def test_torchdistills_wrn_is_another_network() -> None:
+    """Of the same weights, a shortcut from a block's input gives other values than one from the activated."""
+    block = models.create("wrn-10-2").double().eval().group2[0]
+    x = feature(2, 32, 6, 6, dtype=torch.float64, seed=0)
+    raw = block(x) - block.shortcut(F.relu(block.bn1(x))) + block.shortcut(x)
+    assert not torch.allclose(raw, block(x), rtol=0.1)
