@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if print_config:
             print(config.to_yaml(), end="")
             return 0
+        from trainer.data.workers import WorkerDied
         from trainer.engine import OutOfMemory, train  # slow to import, and needless for the above
         from trainer.watch import Diverged
 
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train(config)
         except (Diverged, OutOfMemory) as error:
             return _fail(error, 1)
+        except WorkerDied as error:
+            return _fail(error, 1, alone=True)
     except RankError as error:
         return _fail(error, 2, alone=True)
     except ConfigError as error:

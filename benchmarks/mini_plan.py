@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from at_fused.visualize.images import class_folders
 from benchmarks.paper_plan import RECIPES, Job, with_epochs
 from trainer.config import make_config
+from trainer.data.files import difference
 from trainer.errors import ConfigError
 from trainer.recipes import load_recipe
 
@@ -43,12 +45,12 @@ def split(data_dir: Path, out: Path) -> tuple[Path, Path]:
     """
     held_out = next((name for name in ("val", "test") if (data_dir / name).is_dir()), "val")
     try:
-        names = sorted(path.name for path in (data_dir / "train").iterdir() if path.is_dir())
-        missing = [name for name in names if not (data_dir / held_out / name).is_dir()]
+        names, held_out_names = (class_folders(data_dir / part)[0] for part in ("train", held_out))
     except OSError as error:
-        raise ConfigError(f"data-dir {data_dir}: train: {error.strerror}") from None
-    if missing or len(names) < FEWEST_CLASSES:
-        fault = f"{held_out} has no {missing[0]}" if missing else f"{len(names)} classes"
+        raise ConfigError(f"data-dir {data_dir}: {error.filename}: {error.strerror}") from None
+    differ = names != held_out_names
+    if differ or len(names) < FEWEST_CLASSES:
+        fault = difference(names, held_out_names, held_out)[1] if differ else f"{len(names)} classes"
         raise ConfigError(
             f"data-dir {data_dir}: expected the folders train and val (or test), each with the same "
             f"{FEWEST_CLASSES} or more folders of images ({fault})"

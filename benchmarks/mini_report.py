@@ -67,7 +67,7 @@ def write(folder: Path, runs: Runs) -> str:
 def answers(job: Job, dataset: folders.FileSet) -> Answers:
     """Of the network that `job` has trained, perhaps on other classes, for every test image of `dataset`."""
     config = job.config
-    classes = class_names(folders.load(config, CPU))
+    classes = folders.load(config, CPU).names
     model = models.create(config.student, len(classes)).eval()
     checkpoint.load_weights(model, job.folder / "model.pt", config.student)
     predictions: list[str] = []
@@ -78,10 +78,6 @@ def answers(job: Job, dataset: folders.FileSet) -> Answers:
             predictions += [classes[i] for i in model(images).argmax(1).tolist()]
             maps.append([at_fused.attention_map(feature, normalize="l2") for feature in taps.features])
     return Answers(predictions, [torch.cat(layer) for layer in zip(*maps, strict=True)])
-
-
-def class_names(dataset: folders.FileSet) -> list[str]:
-    return sorted({Path(path).parent.name for path in dataset.test.paths})
 
 
 def likeness(own: Answers, teacher: Answers) -> dict[str, float]:
@@ -144,12 +140,11 @@ def picture(dataset: folders.FileSet, networks: dict[str, Answers]) -> Figure:
     places = [i * len(dataset.test) // count for i in range(count)]
     batches = dataset.evaluation_batches([slice(i, i + 1) for i in places])
     images = torch.cat([image for image, _ in batches])
-    names = class_names(dataset)
     return attention_grid(
         (images * dataset.std[:, None, None] + dataset.mean[:, None, None]) / 255,
         {name: [maps[places] for maps in found.maps] for name, found in networks.items()},
         groups=LAYERS,
-        labels=[names[label] for label in dataset.test.labels[places].tolist()],
+        labels=[dataset.names[label] for label in dataset.test.labels[places].tolist()],
         captions={name: [found.predictions[i] for i in places] for name, found in networks.items()},
         compare_to="teacher",
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+from at_fused.visualize.images import class_folders
 from benchmarks import bare_loop, timing
 from benchmarks.report import Row, Table
 from models import TappedModel
@@ -72,7 +73,7 @@ class Case:
         if self.teacher:
             weights = scratch / "teacher.pt"
             folders = data_dir / "train" if data_dir and self.dataset == FOLDER else None
-            classes = sum(path.is_dir() for path in folders.iterdir()) if folders else 10
+            classes = len(class_folders(folders)[0]) if folders else 10
             torch.save(models.create(self.teacher, classes).state_dict(), weights)
             values |= {"method": "at", "teacher": self.teacher, "teacher-checkpoint": weights}
         return make_config(values)

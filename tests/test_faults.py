@@ -481,3 +481,93 @@ def test_out_of_memory(
     assert error.count("\n") == 1
     assert "out of memory with 32 images at a time (batch-size 64, 1 ranks, accumulate 2)" in error
     assert "Tried to allocate 2.00 GiB" in error
+
+
+# --- data workers that end before the training ------------------------------------------------------
+
+
+def loading(folder: Path, **keys: Any) -> subprocess.Popen[str]:
+    """train.py on image files, for as long as one likes, with two data workers."""
+    make_folders(folder / "images", train=40)
+    values = KEYS | {"dataset": "imagefolder", "data-dir": folder / "images", "image-size": 16, "workers": 2}
+    values |= {"limit-test": 3, "epochs": 10**6, "batch-size": 4, "output-dir": folder / "run"}
+    values |= {"limit-train": 120, "lr-schedule": "constant", "lr": 1e-3} | dashed(keys)
+    line = [sys.executable, str(ROOT / "train.py"), *flags(values)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, cwd=ROOT, **pipes)  # type: ignore[call-overload]
+
+
+def children(parent: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="how torch hears of it elsewhere differs")
+def test_a_killed_data_worker(tmp_path: Path) -> None:
+    """As the system kills for lack of memory: one line, exit code 1, and the checkpoint serves."""
+    process = loading(tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / checkpoint.LATEST).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1, error
+    (line,) = error.splitlines()
+    assert line.startswith("train.py: error: data worker ")
+    assert "was killed, as the system does when memory runs out: fewer workers (now 2) or" in line
+    assert line.endswith("resume auto continues from the last checkpoint")
+    step = checkpoint.load(tmp_path / "run" / checkpoint.LATEST)["progress"]["step"]
+    process = loading(tmp_path / "again", output_dir=tmp_path / "run", max_steps=step + 1)
+    output, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (0, "")
+    assert f"continuing from step {step} of {step + 1}" in output
+
+
+@pytest.mark.slow
+def test_shared_memory_that_is_full(tmp_path: Path) -> None:
+    """Workers hand images over through it, and Docker gives it 64 MB: the run ends, and does not wait."""
+    mount = "mount -t tmpfs -o size=64k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "bash", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system of their own")
+    make_folders(tmp_path / "images")
+    keys = KEYS | {"dataset": "imagefolder", "data-dir": tmp_path / "images", "workers": 2, "max-steps": 2}
+    keys |= {"limit-train": 24, "limit-test": 9, "image-size": 128, "output-dir": tmp_path / "run"}
+    command = f'{mount} && exec "$@"'
+    line = ["unshare", "-m", "bash", "-c", command, "bash", sys.executable, "train.py", *flags(keys)]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 1, result.stderr
+    (told,) = result.stderr.splitlines()
+    assert "a data worker can't hand over its images, as the shared memory is full (/dev/shm; " in told
+    assert "fewer workers (now 2) or a smaller batch-size need less" in told
+
+
+@pytest.mark.parametrize(
+    "message, told",
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ", "/dev/shm"),
+        ("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ", "signal: Segmentation fault"),
+        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", "worker 7, 8 has ended, perhaps for lack of"),
+        (
+            "DataLoader worker (pid 7) exited unexpectedly with exit code 3. Details",
+            "perhaps for lack of mem",
+        ),
+        ("one of the variables needed for gradient computation", None),
+    ],
+)
+def test_other_ends_of_data_workers(
+    message: str, told: str | None, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """In torch's words for them; another RuntimeError is none of ours, and stays what it is."""
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(engine, "_run", fail)
+    if told is None:
+        with pytest.raises(RuntimeError, match="gradient computation"):
+            run(tmp_path / "run")
+        return
+    assert run(tmp_path / "run", workers=2) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line

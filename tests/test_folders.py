@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import CLASSES, dashed, make_folders, picture
+from runs import CLASSES, dashed, flags, make_folders, picture
 from torch import Tensor
 
+import train
+from at_fused.visualize import pictures
 from trainer.config import Config, ConfigError, make_config
 from trainer.data import folders
 
@@ -183,6 +185,110 @@ def test_missing_and_inconsistent_folders(tmp_path: Path) -> None:
     (tmp_path / "val" / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty"):
         folders.load(config(tmp_path), CPU)
+
+
+def printed(root: Path, capsys: pytest.CaptureFixture[str], **keys: object) -> list[str]:
+    """The lines of a training of one step."""
+    values = {"dataset": "imagefolder", "data-dir": root, "student": "wrn-10-1", "image-size": 16}
+    values |= {"batch-size": 8, "max-steps": 1, "device": "cpu", "output-dir": root.with_name("run")}
+    code = train.main(flags(values | dashed(keys)))
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    return out.splitlines()
+
+
+def test_what_a_run_reads_and_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What Jupyter, macOS and photo managers leave in folders; images in all kinds of files."""
+    root = make_folders(tmp_path / "images")
+    for split in ("train", "val"):
+        shutil.copytree(root / split / "ant", root / split / ".ipynb_checkpoints")
+        shutil.copytree(root / split / "ant", root / split / "cat" / ".thumbnails")
+        (root / split / "cat" / "._0.png").write_bytes(b"\0\5\x16\7")
+        (root / split / "cat" / "notes.txt").touch()
+        (root / split / "cat" / "again").symlink_to(root / split / "cat")
+    (root / "train" / "loose.png").touch()
+    for name in ("a.gif", "b.jfif", "c.jp2", "d.JPEG"):
+        picture(len(name)).save(root / "train" / "bee" / name)
+    first, left_out, *_ = printed(root, capsys)
+    assert "imagefolder: 28 training and 9 test images of 3 classes" in first
+    assert left_out == (
+        "left out of data-dir: 6 hidden, 2 .txt, 2 linked to a folder above, 1 beside the class folders"
+    )
+
+
+def test_nothing_is_said_where_nothing_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = printed(make_folders(tmp_path / "images"), capsys)
+    assert not any("left out" in line for line in lines)
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize(
+    "split, old, new, message",
+    [
+        ("val", "cat", None, "such as cat: val has no cat"),
+        ("train", "cat", None, "such as cat: train has no cat"),
+        ("train", "cat", COMPOSED, f"such as {COMPOSED}: val has no {COMPOSED} (1 more names differ)"),
+        ("val", "cat", "Cat", "such as Cat: train has no 'Cat', but 'cat', which is spelt in another way"),
+    ],
+)
+def test_classes_of_one_split_alone(
+    split: str, old: str, new: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_folders(tmp_path)
+    shutil.rmtree(tmp_path / split / old) if new is None else (tmp_path / split / old).rename(
+        tmp_path / split / new
+    )
+    check_refused(tmp_path, capsys, f"train and val differ in their classes, {message}")
+
+
+def check_refused(root: Path, capsys: pytest.CaptureFixture[str], message: str) -> None:
+    words = ["--dataset", "imagefolder", "--student", "wrn-10-1", "--data-dir", str(root)]
+    assert train.main([*words, "--output-dir", str(root / "run")]) == 2
+    assert capsys.readouterr().err == f"train.py: error: data-dir {root}: {message}\n"
+    assert not (root / "run").exists()
+
+
+def test_a_class_in_two_unicode_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As copies by way of macOS have it: the names look the same."""
+    make_folders(tmp_path)
+    for split, name in (("train", COMPOSED), ("val", DECOMPOSED)):
+        (tmp_path / split / "cat").rename(tmp_path / split / name)
+    difference = "val has no 'caf\\xe9', but 'cafe\\u0301', which is its other Unicode form"
+    if DECOMPOSED < COMPOSED:
+        difference = "train has no 'cafe\\u0301', but 'caf\\xe9', which is its other Unicode form"
+    first = min(COMPOSED, DECOMPOSED)
+    check_refused(tmp_path, capsys, f"train and val differ in their classes, such as {first}: {difference}")
+
+
+def test_folders_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = "expected the folders train and val (or test), with a folder of images for each class"
+    check_refused(tmp_path, capsys, f"{expected} ({tmp_path}/train: No such file or directory)")
+    (tmp_path / "train" / ".cache").mkdir(parents=True)
+    check_refused(tmp_path, capsys, f"{expected} (train holds no folder)")
+    shutil.rmtree(tmp_path / "train")
+    make_folders(tmp_path, train=1)
+    for name in ("bee", "cat"):
+        (tmp_path / "train" / name / "0.png").rename(tmp_path / "train" / name / "0.heic")
+    message = f"{expected} (no image in train/bee (left out there: 1 .heic), nor in 1 more)"
+    check_refused(tmp_path, capsys, message)
+
+
+def test_classes_are_called_as_their_folders(tmp_path: Path) -> None:
+    """Not as the folders inside, which the images may be in."""
+    make_folders(tmp_path)
+    for split in ("train", "val"):
+        for name in CLASSES:
+            (tmp_path / split / name / "more").mkdir()
+            for path in (tmp_path / split / name).glob("*.png"):
+                path.rename(path.parent / "more" / path.name)
+    dataset = folders.load(config(tmp_path), CPU)
+    assert dataset.names == list(CLASSES)
+    seen = pictures.read_dataset("imagefolder", str(tmp_path), [0, 8], 16)
+    assert (seen.labels, seen.classes) == (["ant", "cat"], list(CLASSES))
 
 
 def make_cub(root: Path) -> Path:

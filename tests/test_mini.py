@@ -47,6 +47,14 @@ def test_more_than_half_of_the_classes_are_for_pretraining(tmp_path: Path, held_
     assert (finetuning / "val/church").samefile(images / held_out / "n03028079")
 
 
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", classes=[".ipynb_checkpoints", *CLASSES])
+    (images / "train/.cache").mkdir()
+    parts = mini_plan.split(images, tmp_path / "out")
+    assert [len(found(part)) for part in parts] == [6, 4]
+    assert not any(".ipynb_checkpoints" in name for part in parts for name in found(part))
+
+
 def test_ten_classes_are_six_and_four(tmp_path: Path) -> None:
     pretraining, finetuning = mini_plan.split(
         make_images(tmp_path / "images", classes=list("abcdefghij")), tmp_path
@@ -83,6 +91,11 @@ def broken(tmp_path: Path, fault: str) -> list[str]:
     out = tmp_path / "out"
     if fault == "val has no bee":
         (images / "val/bee").rename(images / "val/wasp")
+    if fault == "train has no wasp":
+        (images / "val/wasp").mkdir()
+    if "other Unicode form" in fault:
+        (images / "train/bee").rename(images / "train/caf\u00e9")
+        (images / "val/bee").rename(images / "val/cafe\u0301")
     if fault == "links to other images":
         mini_plan.split(make_images(tmp_path / "others"), out / "data")
     if fault == "expected a folder":
@@ -97,6 +110,8 @@ def broken(tmp_path: Path, fault: str) -> list[str]:
     [
         "4 classes",
         "val has no bee",
+        "train has no wasp",
+        r"train has no 'cafe\u0301', but 'caf\xe9', which is its other Unicode form",
         "links to other images",
         "No such file",
         "expected a folder",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,27 @@ def test_picks_images_of_folders_evenly(drawing: Any, folder: Path) -> None:
     assert drawing(*common, "--count", 2)["labels"] == ["cat", "cat"]
     assert drawing(*common)["labels"] == ["cat", "cat", "dog"]
     assert drawing(*common, folder / "dog", "--count", 1)["labels"] == ["cat", "c"]
+
+
+def test_what_is_left_out_of_folders_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hidden files and folders, and files that are no images, in a line of their own."""
+    shutil.copytree(folder, tmp_path / "images")
+    shutil.copytree(folder / "cat", tmp_path / "images" / ".ipynb_checkpoints")
+    shutil.copy(folder / "cat/b.jpg", tmp_path / "images" / "cat" / "._b.jpg")
+    words = ["--model", "wrn-10-1", "--count", "9", "--out", str(tmp_path / "x.png"), "--images"]
+    assert cli.main([*words, str(tmp_path / "images")]) == 0
+    drawn, left_out = capsys.readouterr().out.splitlines()
+    assert ": 3 images; " in drawn
+    assert left_out == "left out: 2 hidden, 1 .txt"
+    assert cli.main([*words, str(folder / "cat")]) == 0
+    assert "left out" not in capsys.readouterr().out
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/a.heic").touch()
+    assert cli.main([*words, str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("none: no image files in this folder (left out: 1 .heic)")
 
 
 def test_big_images_lose_the_border_that_evaluation_crops() -> None:

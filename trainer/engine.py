@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer import build, checkpoint, data, distributed, reporting, resume, run_folder, schedules
 from trainer.config import Config
 from trainer.data.dataset import too_many
+from trainer.data.workers import deaths_named
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.hardware import computes
@@ -34,7 +35,7 @@ def train(config: Config) -> int:
     Whatever can be wrong (data, models, checkpoints, the output folder) is found, and raised as ConfigError,
     before the output folder is touched.
     """
-    with distributed.ranks(config) as ranks, default_dtype(config):
+    with deaths_named(config.workers), distributed.ranks(config) as ranks, default_dtype(config):
         set_up_torch(config, ranks)
         try:
             return _run(config, ranks)
@@ -148,15 +149,16 @@ class Run:
         parameters = sum(parameter.numel() for parameter in self.student.parameters())
         reporter.say(
             f"{config.student} ({parameters:,} parameters) on {config.dataset}: {len(self.dataset.train)} "
-            f"training and {len(self.dataset.test)} test images, method {config.method}, seed {config.seed}, "
-            f"{self.ranks.world} x {self.ranks.device.type}"
+            f"training and {len(self.dataset.test)} test images of {self.dataset.classes} classes, "
+            f"method {config.method}, seed {config.seed}, {self.ranks.world} x {self.ranks.device.type}"
         )
         slow = None
         if config.amp != "none" and not computes(config.amp, config.uses_cuda):
             slow = (
                 f"amp {config.amp} is slow here, without instructions for it: none may be ten times as fast"
             )
-        for line in (self.start.notice, slow, *self.terms):
+        left_out = self.dataset.left_out and f"left out of data-dir: {self.dataset.left_out}"
+        for line in (left_out, self.start.notice, slow, *self.terms):
             if line:
                 reporter.say(line)
         if self.teacher is not None:

@@ -42,7 +42,7 @@ def _tell(text: str) -> None:
 
 
 def _draw(args: argparse.Namespace) -> str:
-    """Draw what the arguments ask for; returns a line that says what was drawn."""
+    """Draw what the arguments ask for; returns a line of what was drawn, and one of the files left out."""
     loaded = _load_networks(args)
     images = _read_images(args, next(iter(loaded.values())))
     output.spare(args.out, images.files, "one of the images")
@@ -79,7 +79,8 @@ def _draw(args: argparse.Namespace) -> str:
     output.save(figure, args.out)
     count = len(images.labels)
     drawn = "; ".join(f"{title}: {', '.join(found)}" for title, found in names.items())
-    return f"{args.out}: {count} image{'s' if count > 1 else ''}; {drawn}"
+    line = f"{args.out}: {count} image{'s' if count > 1 else ''}; {drawn}"
+    return f"{line}\nleft out: {images.left_out}" if images.left_out else line
 
 
 def _load_networks(args: argparse.Namespace) -> dict[str, Network]:

@@ -22,7 +22,7 @@ class Images:
 
     `shown` takes a side in pixels and returns (B, 3, H, W) in 0..1; `given` returns a network's input
     (B, 3, H, W), normalised; `files` are all that these were chosen from;
-    `targets` (B,) int64 are their classes, where they are known.
+    `targets` (B,) int64 are their classes, where they are known; `left_out` says what was passed over.
     """
 
     shown: Callable[[int], Tensor]
@@ -31,23 +31,30 @@ class Images:
     files: Sequence[str | Path] = ()
     targets: Tensor | None = None
     classes: list[str] | None = None
+    left_out: str = ""
 
 
 def read_files(paths: Sequence[str], count: int) -> Images:
     """Image files, and of each folder `count` images at even distances, subfolders included."""
     from PIL import Image, ImageOps  # matplotlib needs it, too
 
-    from .images import to_rgb
+    from .images import LeftOut, find_images, read, told
 
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    left_out = LeftOut()
     all_files: list[Path] = []
     files: list[tuple[Path, str]] = []  # those chosen, with their labels
     for name in paths:
         path = Path(name)
         if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes)
-            if not found:
-                raise ValueError(f"images {path}: no image files in this folder")
+            try:
+                names, passed_over = find_images(path)
+            except OSError as error:
+                raise ValueError(f"images {error.filename}: {error.strerror}") from None
+            if not names:
+                others = f" (left out: {told(passed_over)})" if passed_over else ""
+                raise ValueError(f"images {path}: no image files in this folder{others}")
+            left_out += passed_over
+            found = sorted(map(Path, names))
             all_files += found
             few = min(count, len(found))
             chosen = [found[i * len(found) // few] for i in range(few)]
@@ -58,8 +65,7 @@ def read_files(paths: Sequence[str], count: int) -> Images:
     images = []
     for path, _ in files:
         try:
-            with Image.open(path) as file:
-                images.append(to_rgb(ImageOps.exif_transpose(file)))
+            images.append(read(path))
         except FileNotFoundError:
             raise ValueError(f"images {path}: no such file or folder") from None
         except Exception as error:  # each of Pillow's readers raises its own kinds
@@ -76,7 +82,7 @@ def read_files(paths: Sequence[str], count: int) -> Images:
         mean, std = (torch.tensor(values)[:, None, None] for values in architecture.statistics)
         return (shown(architecture.size) - mean) / std
 
-    return Images(shown, given, [label for _, label in files], all_files)
+    return Images(shown, given, [label for _, label in files], all_files, left_out=told(left_out))
 
 
 def read_dataset(
@@ -102,7 +108,9 @@ def read_dataset(
     classes = _class_names(name, data_dir, dataset)
     labels = [classes[target] if classes else f"class {target}" for target in targets.tolist()]
     files = getattr(dataset.test, "paths", ())
-    return Images(lambda side: pictures, lambda architecture: x, labels, files, targets, classes)
+    return Images(
+        lambda side: pictures, lambda architecture: x, labels, files, targets, classes, dataset.left_out
+    )
 
 
 def _class_names(name: str, data_dir: str | None, dataset: Any) -> list[str] | None:
@@ -114,8 +122,7 @@ def _class_names(name: str, data_dir: str | None, dataset: Any) -> list[str] | N
         root = Path(str(data_dir))
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         return list(kind(root.parent if root.name == kind.base_folder else root, train=False).classes)
-    folders = sorted({Path(path).parent.name for path in dataset.test.paths})
-    return folders if len(folders) == dataset.classes else None
+    return dataset.names
 
 
 def _tensor(image: Any) -> Tensor:

@@ -32,6 +32,7 @@ class LabelledImages(ABC):
     train: Labelled
     test: Labelled
     classes: int
+    left_out = ""  # of the files, by their kinds, in words
     mean: Tensor  # (3,) in units of the uint8 pixels
     std: Tensor
 

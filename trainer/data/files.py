@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from models import torchvision_compat  # noqa: F401  (before torchvision)
+from at_fused.visualize.images import LeftOut, class_folders, find_images, told
 from trainer.config import ConfigError
 from trainer.data.sampling import stratified
-
-# isort: split
-from torchvision.datasets import ImageFolder
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -38,28 +36,70 @@ class Files:
         return Files([self.paths[i] for i in chosen], self.labels[chosen], boxes)
 
 
-def read_folders(root: Path) -> tuple[Files, Files, int]:
-    """root/train/CLASS/*.jpg and root/val/CLASS/*.jpg (or test/)."""
+@dataclass(frozen=True)
+class Splits:
+    """The training and the test images, the names of their classes, and which files are neither."""
+
+    train: Files
+    test: Files
+    names: list[str]
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+
+def read_folders(root: Path) -> Splits:
+    """root/train/CLASS/*.jpg and root/val/CLASS/*.jpg (or test/); any image that Pillow reads."""
     held_out = next((name for name in ("val", "test") if (root / name).is_dir()), "val")
-    splits = []
-    for name in ("train", held_out):
+    left_out = LeftOut()
+    splits, names = [], []
+    for split in ("train", held_out):
         try:
-            splits.append(ImageFolder(root / name))
+            classes, beside = class_folders(root / split)
+            found = [find_images(root / split / name) for name in classes]
         except OSError as error:
-            reason = str(error).split(" Supported extensions")[0]
-            raise ConfigError(
-                f"data-dir {root}: expected the folders train and val (or test), with a folder of images for "
-                f"each class ({reason})"
-            ) from None
-    train, test = splits
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise ConfigError(f"data-dir {root}: train and {held_out} differ in their classes, such as {odd[0]}")
-    files = [Files([path for path, _ in split.samples], torch.tensor(split.targets)) for split in splits]
-    return files[0], files[1], len(train.classes)
+            raise _unexpected(root, f"{error.filename}: {error.strerror}") from None
+        if not classes:
+            raise _unexpected(root, f"{split} holds no folder")
+        if empty := [i for i, (paths, _) in enumerate(found) if not paths]:
+            first, others = empty[0], f", nor in {len(empty) - 1} more" if len(empty) > 1 else ""
+            inside = f" (left out there: {told(found[first][1])})" if found[first][1] else ""
+            raise _unexpected(root, f"no image in {split}/{classes[first]}{inside}{others}")
+        left_out += sum((passed_over for _, passed_over in found), beside)
+        labels = [torch.full((len(paths),), label) for label, (paths, _) in enumerate(found)]
+        splits.append(Files([path for paths, _ in found for path in paths], torch.cat(labels)))
+        names.append(classes)
+    if names[0] != names[1]:
+        name, reason = difference(names[0], names[1], held_out)
+        raise ConfigError(
+            f"data-dir {root}: train and {held_out} differ in their classes, such as {name}: {reason}"
+        )
+    return Splits(splits[0], splits[1], names[0], left_out)
 
 
-def read_cub(root: Path) -> tuple[Files, Files, int]:
+def _unexpected(root: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"data-dir {root}: expected the folders train and val (or test), with a folder of images for each "
+        f"class ({reason})"
+    )
+
+
+def difference(train: Sequence[str], test: Sequence[str], held_out: str) -> tuple[str, str]:
+    """The first class that only train or `held_out` has, and which lacks it, or how that one spells it."""
+    name, *more = sorted(set(train) ^ set(test))
+    lacking, others = (held_out, test) if name in train else ("train", train)
+    reason = f"{lacking} has no {name}"
+    if twins := [other for other in more if other in others and _folded(other) == _folded(name)]:
+        same = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", twins[0])
+        way = "which is its other Unicode form" if same else "which is spelt in another way"
+        reason = f"{lacking} has no {name!a}, but {twins[0]!a}, {way}"
+    return name, reason + (f" ({len(more)} more names differ)" if len(more) > len(twins) else "")
+
+
+def _folded(name: str) -> str:
+    """What names that look alike have in common."""
+    return unicodedata.normalize("NFKC", name).casefold().strip()
+
+
+def read_cub(root: Path) -> Splits:
     """CUB-200-2011's own text files: a line per image, its number first."""
     root = root / "CUB_200_2011" if (root / "CUB_200_2011").is_dir() else root
     names = _read_table(root / "images.txt", str)
@@ -86,7 +126,11 @@ def read_cub(root: Path) -> tuple[Files, Files, int]:
                 [_box(*boxes[number]) for number in numbers],
             )
         )
-    return files[0], files[1], max(labels[number][0] for number in names)
+    classes = max(labels[number][0] for number in names)
+    folders = sorted({Path(line[0]).parent.name for line in names.values()})
+    return Splits(
+        files[0], files[1], folders if len(folders) == classes else [f"class {i}" for i in range(classes)]
+    )
 
 
 def _box(left: float, top: float, width: float, height: float) -> Box:

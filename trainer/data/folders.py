@@ -7,14 +7,10 @@ ranks and workers sees the same batches, and a resumed run finds them again.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -23,11 +19,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from at_fused.visualize.images import to_rgb
+from at_fused.visualize import images
 from models import torchvision_compat  # noqa: F401  (before torchvision)
 from trainer.config import Config
+from trainer.data import workers
 from trainer.data.dataset import Batch, LabelledImages, check_limits, normalise, too_many
-from trainer.data.files import Files, read_cub, read_folders
+from trainer.data.files import Files, Splits, read_cub, read_folders
 from trainer.data.sampling import generator
 from trainer.errors import RankError
 
@@ -72,12 +69,11 @@ class ImageFiles(Dataset[Sample]):
         return Sample(None, -1, faults)
 
     def _read(self, index: int) -> Image.Image:
-        with Image.open(self.files.paths[index]) as file:
-            image = to_rgb(file)
+        box = None
         if self.files.boxes is not None:
             left, top, right, bottom = map(round, self.files.boxes[index])
-            image = image.crop((left, top, right, bottom))
-        return image
+            box = left, top, right, bottom
+        return images.read(self.files.paths[index], box)
 
     def _augment(self, image: Image.Image, seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
@@ -92,15 +88,16 @@ class FileSet(LabelledImages):
     train: Files
     test: Files
 
-    def __init__(self, config: Config, device: torch.device, train: Files, test: Files, classes: int) -> None:
-        self.train, self.test, self.classes = train, test, classes
+    def __init__(self, config: Config, device: torch.device, splits: Splits) -> None:
+        self.train, self.test, self.names = splits.train, splits.test, splits.names
+        self.classes, self.left_out = len(splits.names), images.told(splits.left_out)
         self.root = str(config.data_dir)
         self.size, self.device = config.image_size, device
         self.mean, self.std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
         self._faults = Faults(config.max_unreadable)
         plain, augmented = transforms(config)
-        self._train = _Loader(ImageFiles(train, augmented, replace=True), config.workers, device)
-        self._test = _Loader(ImageFiles(test, plain, replace=False), config.workers, device)
+        self._train = _Loader(ImageFiles(self.train, augmented, replace=True), config.workers, device)
+        self._test = _Loader(ImageFiles(self.test, plain, replace=False), config.workers, device)
 
     @property
     def unreadable(self) -> list[str]:
@@ -130,11 +127,11 @@ class FileSet(LabelledImages):
         return self._batches(self._test, self.test, keys)
 
     def _batches(self, loader: _Loader, files: Files, keys: list[list[Key]]) -> Iterator[Batch]:
-        for images, labels, faults in loader.batches(keys):
+        for pixels, labels, faults in loader.batches(keys):
             self._faults.report(faults, files)
             if len(labels):
-                images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
-                yield normalise(images, self.mean, self.std), labels
+                pixels, labels = (x.to(self.device, non_blocking=True) for x in (pixels, labels))
+                yield normalise(pixels, self.mean, self.std), labels
 
 
 class Faults:
@@ -165,16 +162,16 @@ class Faults:
 class _Loader:
     """A DataLoader whose workers outlive the epoch, fed with a new list of batches each time."""
 
-    def __init__(self, dataset: ImageFiles, workers: int, device: torch.device) -> None:
+    def __init__(self, dataset: ImageFiles, processes: int, device: torch.device) -> None:
         self._keys: list[list[Key]] = []
         self._loader: DataLoader[Sample] = DataLoader(
             dataset,
             batch_sampler=self._keys,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            num_workers=processes,
+            persistent_workers=processes > 0,
             pin_memory=device.type == "cuda",
             collate_fn=_collate,
-            worker_init_fn=_leave_signals_to_main,
+            worker_init_fn=workers.leave_signals_to_main,
             generator=torch.Generator(),  # else each pass draws from the generator that the run resumes by
         )
 
@@ -185,25 +182,13 @@ class _Loader:
 
 def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Fault]]:
     readable = [sample for sample in samples if sample.image is not None]
-    images = torch.stack([sample.image for sample in readable]) if readable else torch.empty(0)  # type: ignore[misc]
+    pixels = torch.stack([sample.image for sample in readable]) if readable else torch.empty(0)  # type: ignore[misc]
     labels = torch.tensor([sample.label for sample in readable], dtype=torch.int64)
-    return images, labels, [fault for sample in samples for fault in sample.faults]
-
-
-def _leave_signals_to_main(worker: int) -> None:
-    """Ctrl-C, torchrun and Slurm signal whole groups of processes: the main one decides when workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    main = multiprocessing.parent_process()
-    if main and hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_end_with, args=(main.pid,), daemon=True).start()
-
-
-def _end_with(main: int | None) -> None:
-    """Heed a SIGTERM of the main process alone."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
-        pass
-    os._exit(0)
+    return (
+        workers.hand_over(pixels),
+        workers.hand_over(labels),
+        [fault for sample in samples for fault in sample.faults],
+    )
 
 
 def transforms(config: Config) -> tuple[Callable, Callable]:
@@ -227,8 +212,8 @@ def transforms(config: Config) -> tuple[Callable, Callable]:
 def load(config: Config, device: torch.device) -> FileSet:
     """The data set of `config`. Missing or inconsistent folders: ConfigError naming what is expected."""
     root = Path(str(config.data_dir))
-    train, test, classes = (read_cub if config.dataset == "cub" else read_folders)(root)
-    check_limits(config, len(train), len(test))
-    train = train.subset(config.limit_train, config.seed)
-    test = test.subset(config.limit_test, 0)
-    return FileSet(config, device, train, test, classes)
+    splits = (read_cub if config.dataset == "cub" else read_folders)(root)
+    check_limits(config, len(splits.train), len(splits.test))
+    train = splits.train.subset(config.limit_train, config.seed)
+    test = splits.test.subset(config.limit_test, 0)
+    return FileSet(config, device, replace(splits, train=train, test=test))

@@ -1,0 +1,77 @@
+"""The processes that load images: whose signals they heed, what they hand over, and how their end is told."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (.+?)\. |exited)")
+FULL = "unable to allocate shared memory"
+
+
+class WorkerDied(RuntimeError):
+    """A data worker has ended before the training; says why, as far as it is known."""
+
+
+@contextmanager
+def deaths_named(workers: int) -> Iterator[None]:
+    """Around a training: torch reports the death of a worker in the middle of whatever it does just then.
+
+    Raises:
+        WorkerDied: in place of that RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = _reason(str(error), f"fewer workers (now {workers}) or a smaller batch-size need less")
+        if reason is None:
+            raise
+        raise WorkerDied(f"{reason}; resume auto continues from the last checkpoint") from None
+
+
+def _reason(message: str, need_less: str) -> str | None:
+    shared = f"the shared memory is full (/dev/shm; of Docker, --shm-size): {need_less}"
+    if FULL in message:
+        return f"a data worker can't hand over its images, as {shared}"
+    if not (found := DEATH.search(message)):
+        return None
+    pid, by = found.groups()
+    if by is None:
+        return f"data worker {pid} has ended, perhaps for lack of memory: {need_less}"
+    if by.startswith("Killed"):
+        return f"data worker {pid} was killed, as the system does when memory runs out: {need_less}"
+    if by.startswith("Bus error"):
+        return f"data worker {pid} was ended by a bus error, as where {shared}"
+    return f"data worker {pid} was ended by a signal: {by}"
+
+
+def hand_over(tensor: Tensor) -> Tensor:
+    """`tensor`, in a worker in shared memory.
+
+    Moved there later, by the queue's own thread, it would be lost where that is full, and waited for forever.
+    """
+    return tensor if get_worker_info() is None else tensor.share_memory_()
+
+
+def leave_signals_to_main(worker: int) -> None:
+    """Ctrl-C, torchrun and Slurm signal whole groups of processes: the main one decides when workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main = multiprocessing.parent_process()
+    if main and hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_with, args=(main.pid,), daemon=True).start()
+
+
+def _end_with(main: int | None) -> None:
+    """Heed a SIGTERM of the main process alone."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+        pass
+    os._exit(0)
