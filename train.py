@@ -8,6 +8,15 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code, which no output that can't be written changes."""
+    from at_fused._terminal import lenient_output  # imports torch, as all below does
+
+    with lenient_output():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    from at_fused._terminal import require_output
     from trainer.command_line import parse_args
     from trainer.errors import ConfigError, RankError
 
@@ -15,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, print_config = parse_args(argv)
         if print_config:
             print(config.to_yaml(), end="")
+            require_output()
             return 0
         from trainer.data.workers import WorkerDied
         from trainer.engine import OutOfMemory, train  # slow to import, and needless for the above

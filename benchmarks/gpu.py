@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from at_fused._terminal import lenient_output
 from at_fused.visualize.paths import user_path
 from benchmarks import predictions, report
 from benchmarks.report import Row, Table
@@ -257,9 +258,10 @@ def summarize(results: Path, device_type: str, states: dict[str, str]) -> None:
     if list(results.glob("*-cuda.json")):
         predictions.main(["--out", str(results), "--measured", str(results)])
     table = Table("Pieces", ["piece", "state"], [[name, state] for name, state in states.items()])
-    (results / "summary.md").write_text(report.markdown("GPU run", machine, [table]))
+    (results / "summary.md").write_text(report.markdown("GPU run", machine, [table]), encoding="utf-8")
 
 
+@lenient_output()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument(

@@ -19,11 +19,13 @@ import sys
 import time
 from collections.abc import Sequence
 
+from at_fused._terminal import lenient_output
 from benchmarks import mini_plan, paper_runs
 from benchmarks.command_line import Parser, absolute, exclusive, folder, positive
 from trainer.errors import ConfigError
 
 
+@lenient_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 where a training has failed, 2 after a mistake, which is told in one line."""
     begun = time.perf_counter()

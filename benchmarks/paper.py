@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from at_fused._terminal import lenient_output
 from benchmarks import paper_report, paper_runs
 from benchmarks.command_line import Parser, absolute, exclusive, folder, positive
 from benchmarks.paper_plan import TABLES, Plan
@@ -19,6 +20,7 @@ from trainer.config import KEYS
 from trainer.errors import ConfigError, did_you_mean
 
 
+@lenient_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 where a training has failed or can't be measured, 2 after a mistake, which is
     told in one line."""

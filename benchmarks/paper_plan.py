@@ -18,7 +18,7 @@ from trainer.recipes import load_recipe
 from trainer.resume import differences, differences_told
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-TABLES: dict[str, Any] = yaml.safe_load((RECIPES / "tables.yaml").read_text())
+TABLES: dict[str, Any] = yaml.safe_load((RECIPES / "tables.yaml").read_text(encoding="utf-8"))
 LABELS: dict[str, str] = TABLES.pop("labels")
 BASELINE, TEACHER = "student", "teacher"  # columns
 ERRORS = ("last_test_error", "best_test_error")  # of a run, in percent

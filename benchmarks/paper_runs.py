@@ -21,6 +21,7 @@ import models
 from benchmarks.paper_plan import Job
 from trainer import data
 from trainer.config import Config, make_config
+from trainer.distributed import stop_signals
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED_STEPS = 5  # the first warms up
@@ -31,7 +32,7 @@ EVALUATION = 1 / 3
 def run(jobs: Sequence[Job], logs: Path, parallel: int, finished: Callable[[], object]) -> int:
     """Train what is not finished, `parallel` at a time; returns the number of jobs that failed.
 
-    `finished` is called after each. SIGINT and SIGTERM let every training write a checkpoint and end.
+    `finished` is called after each. A signal that asks to end lets every training write a checkpoint and end.
     """
     waiting = [job for job in jobs if job.summary() is None]
     running: dict[subprocess.Popen[bytes], Job] = {}
@@ -44,7 +45,7 @@ def run(jobs: Sequence[Job], logs: Path, parallel: int, finished: Callable[[], o
             process.wait()
         raise SystemExit(128 + number)
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         while waiting or running:
             for job in [job for job in waiting if job.teacher and job.teacher.name in failed]:
@@ -181,7 +182,7 @@ def log_path(job: Job, logs: Path) -> Path:
 
 
 def last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from at_fused._terminal import lenient_output
 from at_fused.visualize.paths import user_path
 from benchmarks import report
 from benchmarks.loss_tables import extra_percent, host_overhead_us
@@ -222,6 +223,7 @@ def load(folder: Path) -> tuple[list[Row], dict[str, Any] | None]:
     return rows, machine
 
 
+@lenient_output()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predictions", description=__doc__)
     parser.add_argument("--out", type=user_path, required=True, help="folder for gpu-predictions.md")
@@ -230,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows, machine = load(options.measured) if options.measured else ([], None)
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "gpu-predictions.md").write_text(page(rows, machine))
+        (options.out / "gpu-predictions.md").write_text(page(rows, machine), encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"predictions: {error}", file=sys.stderr)
         return 2

@@ -68,7 +68,7 @@ def markdown(title: str, machine: dict[str, Any] | None, tables: Sequence[Table]
 def write(folder: Path, stem: str, page: str, rows: Sequence[Row], everything: dict[str, Any]) -> None:
     """Leaves stem.md, stem.csv and stem.json in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.md").write_text(page)
+    (folder / f"{stem}.md").write_text(page, encoding="utf-8")
     (folder / f"{stem}.json").write_text(json.dumps(everything | {"rows": list(rows)}, indent=2) + "\n")
     with (folder / f"{stem}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))

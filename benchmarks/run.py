@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from at_fused._terminal import lenient_output
 from at_fused.visualize.paths import user_path
 from benchmarks import loss_suite, loss_tables, memory_suite, report
 from benchmarks.providers import Provider, select_providers
@@ -222,6 +223,7 @@ SUITES: dict[str, Callable[[argparse.Namespace, torch.device], str]] = {
 }
 
 
+@lenient_output()
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     try:

@@ -18,6 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+from at_fused._terminal import lenient_output
 from benchmarks import report
 from benchmarks.report import Table
 from benchmarks.workloads import select_cells
@@ -170,6 +171,7 @@ def _gpus(numbers: Sequence[int]) -> list[str]:
     return [f"{n} GPU{'s' * (n > 1)}" for n in numbers]
 
 
+@lenient_output()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--step-ms", type=float, help="your step's time on one GPU (default: assumed speeds)")

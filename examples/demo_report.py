@@ -137,7 +137,7 @@ def write_results(folder: Path, runs: Sequence[Run], seconds: float) -> Table:
         chosen=chosen,
         shown=len(places),
     )
-    (folder / "report.md").write_text(text)
+    (folder / "report.md").write_text(text, encoding="utf-8")
     return terminal_table(lines)
 
 

@@ -121,15 +121,23 @@ def data_parallel(module: nn.Module) -> DistributedDataParallel:
     return DistributedDataParallel(module, **options)
 
 
+def stop_signals() -> list[signal.Signals]:
+    """What asks a process to end; SIGHUP (the terminal was closed) not where nohup has it ignored."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # not on Windows
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
 class StopRequest:
-    """SIGINT and SIGTERM, noted and acted upon between steps; all ranks stop at the same step."""
+    """SIGINT, SIGTERM and SIGHUP, noted and acted upon between steps; all ranks stop at the same step."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._world = ranks.world
         self._signal = 0
         self._agreed = torch.zeros(1, dtype=torch.int32)
         self._pending: Any = None
-        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._old = {number: signal.signal(number, self._note) for number in stop_signals()}
 
     def _note(self, number: int, frame: Any) -> None:
         self._signal = number

@@ -171,8 +171,9 @@ class Run:
                 self._save(keep_latest=False)
             self._write_metrics()  # a line that the checkpoint does not know of belongs to a lost epoch
         with closing(distributed.StopRequest(self.ranks)) as stop, closing(reporter):
-            retold = progress.partial is not None and progress.step < self.last_step  # a continued epoch
-            reporter.open(self.folder, self.last_step, progress.step, retold=retold)
+            ended = not progress.step % self.steps_per_epoch or progress.step == self.last_step
+            last = progress.lines[-1] if progress.lines and ended else None
+            reporter.open(self.folder, self.last_step, progress.step, last)
             while progress.step < self.last_step:
                 signal = self._train_epoch(stop)
                 if signal and progress.step < self.last_step:
@@ -193,6 +194,7 @@ class Run:
         epoch, first = divmod(progress.step, self.steps_per_epoch)
         build.train_mode(self.student, config.freeze_bn)
         begun = time.perf_counter() - progress.seconds
+        self.reporter.begin_epoch(epoch + 1, config.epochs)
         signal = 0
         parts = [self._batch(step) for step in range(first, self.steps_per_epoch)]
         shares = [self.ranks.share(part.start, part.stop) for part in parts]
@@ -200,7 +202,7 @@ class Run:
         for part, (images, labels) in zip(parts, batches, strict=True):
             self._train_step(images, labels, part.stop - part.start)
             progress.step += 1
-            self.reporter.step(progress.step)
+            self.reporter.step(progress.step, part.stop - part.start, self.watch.loss)
             signal = stop.poll()
             if progress.step % self.steps_per_epoch == 0 or progress.step == self.last_step:
                 break
@@ -215,6 +217,7 @@ class Run:
         if not images:
             raise Diverged(f"every step of epoch {epoch + 1} was skipped: no gradient was finite")
         seconds = time.perf_counter() - begun
+        self.reporter.begin_test()
         metrics = {
             "epoch": epoch + 1,
             "lr": schedules.learning_rate(config, progress.step - 1, self.steps_per_epoch),
@@ -268,7 +271,7 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.sums += sums
-        self.watch.look(step + 1, sums[:4], norm)
+        self.watch.look(step + 1, sums[:4], norm, len(labels))
 
     def _backward(self, images: Tensor, labels: Tensor, batch: int, beta: float, sums: Tensor) -> None:
         """Add up the gradients of some images of a global batch, and in `sums` their losses and errors."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .._terminal import lenient_output
 from ..gradients import input_gradient
 from . import arguments, networks, output, pictures
 from .features import feature_map, forward, last_of_each_size
@@ -22,6 +23,7 @@ from .networks import Network
 from .pictures import Images
 
 
+@lenient_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 after a mistake, which is told in one line."""
     with warnings.catch_warnings():

@@ -64,6 +64,8 @@ def hand_over(tensor: Tensor) -> Tensor:
 def leave_signals_to_main(worker: int) -> None:
     """Ctrl-C, torchrun and Slurm signal whole groups of processes: the main one decides when workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     main = multiprocessing.parent_process()
     if main and hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
