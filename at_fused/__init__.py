@@ -6,11 +6,13 @@ from .distillation import distillation_loss
 from .gradients import gradient_attention_loss, input_gradient, input_gradient_norm, symmetry_loss
 from .hints import FeatureHints
 from .taps import FeatureTaps
+from .transfer import AttentionTransfer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionLoss",
+    "AttentionTransfer",
     "FeatureHints",
     "FeatureTaps",
     "__version__",

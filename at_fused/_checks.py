@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -125,20 +126,56 @@ def described(value: object, *, dtype: bool = False) -> str:
 
 def _mismatch(student: Tensor, teacher: Tensor, resize: str) -> str | None:
     """What keeps two (B, C, *spatial) features from forming a pair."""
-    if student.device != teacher.device:
-        return f"are on different devices, {student.device} and {teacher.device}"
     if student.shape[0] != teacher.shape[0]:
         return "differ in batch size"
+    return map_mismatch(student[:, 0], teacher[:, 0], resize)
+
+
+def map_mismatch(student: Tensor, teacher: Tensor, resize: str) -> str | None:
+    """What keeps two (B, *spatial) maps of one batch size from being compared."""
+    if student.device != teacher.device:
+        return f"are on different devices, {student.device} and {teacher.device}"
     if student.ndim != teacher.ndim:
         return "differ in the number of spatial dimensions"
-    if student.shape[2:] != teacher.shape[2:]:
+    if student.shape[1:] != teacher.shape[1:]:
         if resize == "error":
             return 'differ in spatial size (resize="error")'
-        if 0 in student.shape[2:] or 0 in teacher.shape[2:]:
+        if 0 in student.shape[1:] or 0 in teacher.shape[1:]:
             return "differ in spatial size, and one is empty"
-        if student.ndim > 5:
+        if student.ndim > 4:
             return "differ in spatial size, and maps of more than 3 dimensions can't be resized"
     return None
+
+
+_warned_shapes: set[tuple[int, ...]] = set()
+
+
+def warn_if_channels_last(feat: Tensor, channel_dim: int, what: str) -> None:
+    """Warn, once per shape, where a feature looks like (B, H, W, C) or (B, N, C) and is not taken so."""
+    if torch.compiler.is_compiling() or channel_dim % feat.ndim != 1 or feat.stride(-1) != 1:
+        return
+    shape = tuple(feat.shape[1:])
+    if shape in _warned_shapes or not _looks_channels_last(shape):
+        return
+    _warned_shapes.add(shape)
+    warnings.warn(
+        f"{what}: the feature {described(feat)} looks as if its channels came last, and channel_dim is "
+        f"{channel_dim}: {shape[-1]} values are taken for a spatial dimension; say channel_dim=-1 if they "
+        "are channels",
+        stacklevel=4,
+    )
+
+
+def _looks_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether sizes behind the batch are (H, W, C) with H = W, or (N, C) with N a grid of tokens."""
+    if len(shape) == 3:
+        return shape[0] == shape[1] != shape[2] and shape[0] > 1
+    if len(shape) == 2 and shape[0] > 1:
+        tokens, channels = shape
+        # A square grid, with or without class and distillation tokens; a power of 2 is as likely channels.
+        grid = any(math.isqrt(tokens - extra) ** 2 == tokens - extra for extra in (0, 1, 2))
+        return grid and channels % 16 == 0 and tokens.bit_count() > 1
+    return False
 
 
 def check_weights(weights: Sequence[float], count: int | None = None) -> list[float]:

@@ -20,7 +20,7 @@ _library = torch.library.Library("at_fused", "DEF")
 _library.define("attention_maps(Tensor[] feats, float p, str mapping, str backend) -> Tensor[]")
 _library.define(
     "attention_maps_backward(Tensor[] feats, Tensor[] grad_maps, Tensor? scale, float p, str mapping, "
-    "str backend) -> Tensor[]"
+    "str backend, Tensor[]? addends=None) -> Tensor[]"
 )
 _library.define(
     "attention_loss(Tensor[] students, Tensor[] teachers, float[] weights, float p, str mapping, float eps, "
@@ -49,9 +49,15 @@ def _attention_maps(feats: list[Tensor], p: float, mapping: str, backend: str) -
 
 
 def _attention_maps_backward(
-    feats: list[Tensor], grad_maps: list[Tensor], scale: Tensor | None, p: float, mapping: str, backend: str
+    feats: list[Tensor],
+    grad_maps: list[Tensor],
+    scale: Tensor | None,
+    p: float,
+    mapping: str,
+    backend: str,
+    addends: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    return _backend(backend).attention_maps_backward(feats, grad_maps, scale, p, mapping)
+    return _backend(backend).attention_maps_backward(feats, grad_maps, scale, p, mapping, addends or [])
 
 
 def _attention_loss_forward(
@@ -83,7 +89,13 @@ def _fake_maps(feats: list[Tensor], p: float, mapping: str, backend: str) -> lis
 
 @torch.library.register_fake("at_fused::attention_maps_backward", lib=_library)
 def _fake_maps_backward(
-    feats: list[Tensor], grad_maps: list[Tensor], scale: Tensor | None, p: float, mapping: str, backend: str
+    feats: list[Tensor],
+    grad_maps: list[Tensor],
+    scale: Tensor | None,
+    p: float,
+    mapping: str,
+    backend: str,
+    addends: list[Tensor] | None = None,
 ) -> list[Tensor]:
     return [torch.empty_like(feat) for feat in feats]
 
@@ -159,29 +171,34 @@ class _Maps(torch.autograd.Function):
         wanted = [i for i, grad in enumerate(grad_maps) if grad is not None and ctx.needs_input_grad[3 + i]]
         grads: list[Tensor | None] = [None] * len(feats)
         if wanted:
-            inputs = [feats[i] for i in wanted], [grad_maps[i] for i in wanted]
-            for i, grad in zip(wanted, attention_maps_backward(*inputs, None, *ctx.options), strict=True):
+            inputs: Any = [feats[i] for i in wanted], [grad_maps[i] for i in wanted]
+            for i, grad in zip(wanted, _gradients(*inputs, None, *ctx.options), strict=True):
                 grads[i] = grad
         return None, None, None, *grads
 
 
 class _MapsBackward(torch.autograd.Function):
+    """`tensors` are the features, the gradients at their maps and, if there are any, the addends."""
+
     @staticmethod
     def forward(
-        ctx: Any, p: float, mapping: str, backend: str, scale: Tensor | None, *feats_and_grads: Tensor
+        ctx: Any, p: float, mapping: str, backend: str, count: int, scale: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.options = (p, mapping)
-        ctx.save_for_backward(scale, *feats_and_grads)
-        count = len(feats_and_grads) // 2
-        feats, grad_maps = list(feats_and_grads[:count]), list(feats_and_grads[count:])
+        ctx.options, ctx.count = (p, mapping), count
+        ctx.save_for_backward(scale, *tensors[: 2 * count])
+        feats, grad_maps, addends = (list(tensors[i * count : (i + 1) * count]) for i in range(3))
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(attention_maps_backward(feats, grad_maps, scale, p, mapping, backend))
+            return tuple(attention_maps_backward(feats, grad_maps, scale, p, mapping, backend, addends))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale, *tensors = ctx.saved_tensors
-        count = len(tensors) // 2
-        needed = ctx.needs_input_grad[3:]
+        count = ctx.count
+        needed = ctx.needs_input_grad[4 : 5 + 2 * count]
+        of_addends = [
+            grad if need else None
+            for grad, need in zip(grads, ctx.needs_input_grad[5 + 2 * count :], strict=False)
+        ]
 
         def recompute(scale: Tensor | None, *tensors: Tensor) -> list[Tensor]:
             scales = [None] * count if scale is None else scale.expand(count).unbind()
@@ -190,7 +207,63 @@ class _MapsBackward(torch.autograd.Function):
                 for feat, grad, s in zip(tensors[:count], tensors[count:], scales, strict=True)
             ]
 
-        return None, None, None, *_recomputed_gradients(recompute, (scale, *tensors), needed, grads)
+        recomputed = _recomputed_gradients(recompute, (scale, *tensors), needed, grads)
+        return None, None, None, None, *recomputed, *of_addends
+
+
+class _Tapped(torch.autograd.Function):
+    """A feature and its raw map, such that one node receives the gradients of both and hands on their sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, p: float, mapping: str, backend: str, channel_dim: int, feat: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.options, ctx.channel_dim = (p, mapping, backend), channel_dim
+        ctx.save_for_backward(feat)
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd():
+            (attention,) = attention_maps([feat.movedim(channel_dim, 1)], p, mapping, backend)
+        # Not a view to autograd, so that what follows may work in place where nothing needs the feature.
+        return feat.detach(), attention
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_map: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_map is None:
+            return None, None, None, None, grad
+        (feat,), dim = ctx.saved_tensors, ctx.channel_dim
+        feat = feat.movedim(dim, 1)
+        addend = None if grad is None else grad.movedim(dim, 1)
+        if addend is None or not _can_be_added(addend, feat):
+            (at_feat,) = _gradients([feat], [grad_map], None, *ctx.options)
+            at_feat = at_feat if addend is None else at_feat + addend
+        else:
+            (at_feat,) = attention_maps_backward([feat], [grad_map], None, *ctx.options, [addend])
+        return None, None, None, None, at_feat.movedim(1, dim)
+
+
+def _can_be_added(addend: Tensor, feat: Tensor) -> bool:
+    """Whether a kernel can add `addend` to the gradient at `feat`: it lies in memory as that will."""
+    return (
+        addend.dtype == feat.dtype
+        and addend.stride() == reference.strides_of(feat)
+        and backends.is_plain(addend)
+    )
+
+
+def raw_maps(feats: list[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
+    """Raw maps (B, *spatial) of features (B, C, *spatial), by the named backend or the reference."""
+    if backend == "reference":
+        return [reference.attention_map(feat, p, mapping) for feat in feats]
+    maps: list[Tensor] = attention_maps(feats, p, mapping, backend)
+    return maps
+
+
+def feature_and_map(
+    feat: Tensor, p: float, mapping: str, backend: str, channel_dim: int
+) -> tuple[Tensor, Tensor]:
+    """The feature to go on with, and its raw map (B, *spatial): the two gradients are added in one pass."""
+    tapped: tuple[Tensor, Tensor] = _Tapped.apply(p, mapping, backend, channel_dim, feat)
+    return tapped
 
 
 class _Loss(torch.autograd.Function):
@@ -232,7 +305,8 @@ class _Loss(torch.autograd.Function):
         if grad is None:
             return None, None, None, *grads
 
-        if torch.is_grad_enabled():  # create_graph=True: the slopes' own derivatives are needed too.
+        if torch.is_grad_enabled() or not backends.is_plain(grad):
+            # create_graph=True: the slopes' own derivatives are needed too. Or is_grads_batched=True.
 
             def recompute(*feats: Tensor) -> list[Tensor]:
                 students, teachers = feats[:count], feats[count:]
@@ -257,10 +331,22 @@ class _Loss(torch.autograd.Function):
             [feats[i] for i in wanted],
             [slopes[i - ctx.first_slope] for i in wanted],
         )
-        computed = attention_maps_backward(wanted_feats, wanted_slopes, scale, p, mapping, ctx.backend)
+        computed = _gradients(wanted_feats, wanted_slopes, scale, p, mapping, ctx.backend)
         for i, feat_grad in zip(wanted, computed, strict=True):
             grads[i] = feat_grad
         return None, None, None, *grads
+
+
+def _gradients(
+    feats: list[Tensor], grad_maps: list[Tensor], scale: Tensor | None, p: float, mapping: str, backend: str
+) -> list[Tensor]:
+    """The operator, or the reference for gradients that no kernel can see into (`is_grads_batched`)."""
+    if all(backends.is_plain(grad) for grad in grad_maps):
+        return attention_maps_backward(feats, grad_maps, scale, p, mapping, backend)
+    return [
+        reference.attention_map_backward(feat, grad, p, mapping)
+        for feat, grad in zip(feats, grad_maps, strict=True)
+    ]
 
 
 def _pick(values: Tensor, indices: list[int]) -> Tensor:
@@ -310,12 +396,20 @@ def _maps_autograd(feats: list[Tensor], p: float, mapping: str, backend: str) ->
 
 
 def _maps_backward_autograd(
-    feats: list[Tensor], grad_maps: list[Tensor], scale: Tensor | None, p: float, mapping: str, backend: str
+    feats: list[Tensor],
+    grad_maps: list[Tensor],
+    scale: Tensor | None,
+    p: float,
+    mapping: str,
+    backend: str,
+    addends: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    if _requires_grad(feats, grad_maps, () if scale is None else (scale,)):
-        return list(_MapsBackward.apply(p, mapping, backend, scale, *feats, *grad_maps))
+    addends = addends or []
+    if _requires_grad(feats, grad_maps, addends, () if scale is None else (scale,)):
+        tensors = (scale, *feats, *grad_maps, *addends)
+        return list(_MapsBackward.apply(p, mapping, backend, len(feats), *tensors))
     with torch._C._AutoDispatchBelowAutograd():
-        return attention_maps_backward(feats, grad_maps, scale, p, mapping, backend)
+        return attention_maps_backward(feats, grad_maps, scale, p, mapping, backend, addends)
 
 
 def _loss_autograd(

@@ -18,6 +18,7 @@ from ._checks import (
     check_weights,
     described,
     feature_error,
+    warn_if_channels_last,
 )
 
 
@@ -53,9 +54,10 @@ def attention_map(
     if error:
         kind, text = error
         raise kind(f"feat {described(feat)} {text}")
+    warn_if_channels_last(feat, channel_dim, "attention_map")
     feat = channels_second(feat, channel_dim)
     backend = backends.select(backend, (feat,), p, mapping)
-    (attention,) = _maps((feat,), p, mapping, backend)
+    (attention,) = _ops.raw_maps([feat], float(p), mapping, backend)
     return reference.normalize_map(attention, normalize, reference.EPS)
 
 
@@ -120,6 +122,10 @@ def attention_loss(
         backend=backend,
     )
     students, teachers = check_pairs(s_feats, t_feats, channel_dim, resize)
+    if channel_dim == 1:
+        for side, feats in (("student", students), ("teacher", teachers)):
+            for index, feat in enumerate(feats):
+                warn_if_channels_last(feat, channel_dim, f"pair {index}, {side}")
     factors = [1.0] * len(students) if weights is None else check_weights(weights, len(students))
     reduce = reduction == "sum"
     comparable = all(
@@ -127,7 +133,7 @@ def attention_loss(
         for s, t in zip(students, teachers, strict=True)
     )
 
-    feats = (*students, *teachers)
+    feats = [*students, *teachers]
     backend = backends.select(backend, feats, p, mapping)
     if backend != "reference" and normalize == "l2" and distance == "mse" and comparable:
         loss: Tensor = _ops.attention_loss(
@@ -136,7 +142,7 @@ def attention_loss(
         return loss
 
     # What is not hot is composed in PyTorch from the fused maps, which are small.
-    maps = _maps(feats, p, mapping, backend)
+    maps = _ops.raw_maps(feats, float(p), mapping, backend)
     return reference.loss_from_maps(
         maps[: len(students)],
         maps[len(students) :],
@@ -210,10 +216,3 @@ class AttentionLoss(nn.Module):
     def extra_repr(self) -> str:
         options = {"p": self.p, "beta": self.beta, "weights": self.weights, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
-
-
-def _maps(feats: Sequence[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
-    if backend == "reference":
-        return [reference.attention_map(feat, p, mapping) for feat in feats]
-    maps: list[Tensor] = _ops.attention_maps(list(feats), float(p), mapping, backend)
-    return maps

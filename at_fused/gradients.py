@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_targets, described
+from ._selectors import unknown_name
 from .distillation import summed_cross_entropy
 from .reference import accumulation_dtype, without_autocast
-from .taps import unknown_name
 
 _BATCH_NORM = ("batch", "running", "update")
 

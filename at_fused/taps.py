@@ -1,21 +1,21 @@
-"""Collecting intermediate features from any `nn.Module` by module name."""
+"""Collecting intermediate features from any `nn.Module` by name."""
 
 from __future__ import annotations
 
-import difflib
 import warnings
-import weakref
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+
+from ._hooks import ModelTaps, is_complete
+from ._selectors import Selector
 
 
 class FeatureTaps:
-    """Records the outputs of named submodules during each forward pass.
+    """Records named features of a model during each forward pass.
 
     ```
     with FeatureTaps(model, ["layer3", "layer4"]) as taps:
@@ -26,72 +26,77 @@ class FeatureTaps:
     Args:
         model: any module; the names are those of `model.named_modules()`. For a model under
             DistributedDataParallel or torch.compile, tap the original module it wraps.
-        names: submodules to record, in the order in which `features` lists them.
+        names: features to record, in the order in which `features` lists them. A module's name stands for
+            its output; what is within a tuple, list, dict or dataclass is selected by indices
+            ("fpn['0']", "block[0]"), a part of a tensor by slices ("blocks.11[:, 1:]"), and what the module
+            receives by ":input" ("block:input", its first argument; "block:input[1]", "block:input['x']").
 
-    A module called several times in one forward pass keeps its last output. Nothing is copied: where a later
-    module works in place on a recorded output (`nn.ReLU(inplace=True)`), reading it gives what that module
-    left, and a UserWarning. Hooks live from construction until the `with` block ends, or until `close()`.
-    They are those of this model alone: a copy of it (such as an average of its weights) is not tapped.
+    `features` holds those of the model's latest forward pass, never of an earlier one. A module called
+    several times in one pass keeps its last output. Nothing is copied: where a later module works in place on
+    a recorded output (`nn.ReLU(inplace=True)`), reading it gives what that module left, and a UserWarning.
+    Hooks live from construction until the `with` block ends, or until `close()`. They are those of this model
+    alone: a copy of it (such as an average of its weights) is not tapped. Taps that are copied together with
+    their model tap the copy.
 
     Raises:
         ValueError: a name that is not a submodule (close matches are listed), or a repeated one.
-        TypeError: a name that is not a string; (from the forward pass) a tapped module that does not return
-            a tensor.
-        RuntimeError: `features` read before every tapped module has run, or after the end.
+        TypeError: a name that is not a string; (from the forward pass) a name that does not lead to a
+            tensor.
+        RuntimeError: `features` read before the latest pass has reached every tapped module, after the end,
+            where a tapped module was replaced, or where a feature was made without the gradient that its pass
+            needs (reentrant checkpointing, a `no_grad` within the model).
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        if isinstance(names, str):
-            raise TypeError(f"names must be a sequence of module names, got the single string {names!r}")
-        self.names = tuple(names)
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for name in self.names:
-            if not isinstance(name, str):
-                raise TypeError(f"names must be strings, got {name!r}")
-            if name not in modules:
-                raise ValueError(unknown_name(name, list(modules)))
-        if len(set(self.names)) != len(self.names):
-            raise ValueError(f"module names are repeated: {list(self.names)}")
-        self._outputs: dict[str, tuple[Tensor, int | None]] = {}  # and their versions when recorded
-        self._warned: set[str] = set()
-        self._handles: list[RemovableHandle] = [
-            modules[name].register_forward_hook(_Recorder(modules[name], name, self._outputs))
-            for name in self.names
-        ]
+        self._take = _Take()
+        self._taps = ModelTaps(model, names, self._take)
+        self.names = self._taps.names
+        self._warned: set[tuple[str, str]] = set()
 
     @property
     def features(self) -> list[Tensor]:
-        """The latest outputs, in the order of `names`."""
-        missing = [name for name in self.names if name not in self._outputs]
-        if missing:
-            if not self._handles:
-                raise RuntimeError("these taps are closed: read features before the end of the with block")
-            raise RuntimeError(
-                f"no forward pass has reached the tapped modules {missing} of this model (a copy has no "
-                "taps; under torch.compile a model must be tapped before its first call)"
+        """The features of the latest pass, in the order of `names`."""
+        taps = self._taps
+        if taps.closed:
+            raise RuntimeError("these taps are closed: read features before the end of the with block")
+        if problem := taps.missing():
+            raise RuntimeError(problem)
+        if not torch.compiler.is_compiling():
+            for name in self.names:
+                self._check(taps, name)
+        return [taps.pass_.records[name].value.feature for name in self.names]
+
+    def _check(self, taps: ModelTaps, name: str) -> None:
+        taken: _Feature = taps.pass_.records[name].value
+        if not taken.feature.requires_grad and (problem := taps.lost_gradient(name)):
+            raise RuntimeError(problem)
+        modified = taken.modified()
+        self._take.compared.add(name)
+        if modified:
+            self._warn(
+                name,
+                f"the output of {name!r} was modified in place after it was recorded (by a ReLU, say): "
+                "the feature holds the modified values; tap the later module, or make it out-of-place",
             )
-        for name in self.names:
-            output, recorded = self._outputs[name]
-            versions = {recorded, _version(output)} - {None}  # what can't be told is no change
-            if len(versions) > 1 and name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(
-                    f"the output of {name!r} was modified in place after it was recorded (by a ReLU, say): "
-                    "the feature holds the modified values; tap the later module, or make it out-of-place",
-                    stacklevel=2,
-                )
-        return [self._outputs[name][0] for name in self.names]
+        if taps.hooked_later(name):
+            self._warn(
+                name,
+                f"a forward hook was registered on {name!r} after its tap: the model may have gone on with "
+                "other values than those recorded",
+            )
+
+    def _warn(self, name: str, text: str) -> None:
+        if (name, text) not in self._warned:
+            self._warned.add((name, text))
+            warnings.warn(text, stacklevel=4)
 
     def clear(self) -> None:
         """Forgets the recorded features, so that they do not outlive the step."""
-        self._outputs.clear()
+        self._taps.clear()
 
     def close(self) -> None:
         """Removes the hooks and forgets the features."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.clear()
+        self._taps.close()
 
     def __enter__(self) -> FeatureTaps:
         return self
@@ -101,43 +106,47 @@ class FeatureTaps:
     ) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        state = "closed" if self._taps.closed else type(self._taps.model()).__name__
+        return f"FeatureTaps({state}, {list(self.names)})"
 
-class _Recorder:
-    """The hook on one tapped module. Copied or pickled with it, it becomes one that does nothing."""
-
-    def __init__(self, module: nn.Module, name: str, outputs: dict[str, tuple[Tensor, int | None]]) -> None:
-        self.module, self.name, self.outputs = weakref.ref(module), name, outputs
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is not self.module():  # a replica of DataParallel, say
-            return
-        if not isinstance(output, Tensor):
-            raise TypeError(f"tapped module {self.name!r} returned {type(output).__name__}, not a tensor")
-        self.outputs[self.name] = output, _version(output)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _NoRecorder, ()
+    def __reduce__(self) -> Any:
+        """A copy, or a pickle, taps the copy of the model that comes with it."""
+        return _copied, (None if self._taps.closed else self._taps.model(), self.names)
 
 
-class _NoRecorder:
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        pass
+def _copied(model: nn.Module | None, names: tuple[str, ...]) -> FeatureTaps:
+    return FeatureTaps(model if is_complete(model) else None, names)  # type: ignore[arg-type]
+
+
+class _Feature(NamedTuple):
+    """A feature, and how to find out whether it was modified afterwards."""
+
+    feature: Tensor
+    version: int | None
+    sample: Tensor | None
+
+    def modified(self) -> bool:
+        versions = {self.version, _version(self.feature)} - {None}  # what is unknown is no change
+        if self.sample is not None:
+            return not torch.allclose(self.sample, self.feature[:1], rtol=0, atol=0, equal_nan=True)
+        return len(versions) > 1
+
+
+class _Take:
+    """Records a feature as it is."""
+
+    def __init__(self) -> None:
+        self.compared: set[str] = set()  # names, once is enough: looking at the values waits for the device
+
+    def __call__(self, feature: Tensor, selector: Selector, value: Any) -> tuple[_Feature, None]:
+        sample = None
+        uncounted = not torch.compiler.is_compiling() and feature.is_inference()  # no changes are counted
+        if uncounted and feature.ndim and selector.name not in self.compared:
+            sample = feature[:1].clone()
+        return _Feature(feature, _version(feature), sample), None
 
 
 def _version(output: Tensor) -> int | None:
     """The number of changes in place so far, where PyTorch counts them and the compiler can tell."""
     return None if torch.compiler.is_compiling() or output.is_inference() else output._version
-
-
-def unknown_name(name: str, known: list[str]) -> str:
-    """What to say of a `name` that is not among the `known` modules."""
-    known = [candidate for candidate in known if candidate]
-    if close := close_names(name, known):
-        return f"no submodule named {name!r}; close names: {', '.join(close)}"
-    few = [*known[:10], "…"] if len(known) > 10 else known
-    return f"no submodule named {name!r}; its modules: {', '.join(few) or 'none'}"
-
-
-def close_names(name: str, known: Iterable[str]) -> list[str]:
-    """Those of the `known` names that may be meant by `name`, the closest first."""
-    return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=4)

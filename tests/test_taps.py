@@ -228,7 +228,7 @@ def test_an_output_that_is_no_tensor() -> None:
 
 def test_hooks_go_away(model: Net, x: Tensor) -> None:
     with at_fused.FeatureTaps(model, ["stem", "group1"]):
-        assert hooks(model) == 2
+        assert len(model.stem._forward_hooks) == len(model.group1._forward_hooks) == 1
         model(x)
     assert hooks(model) == 0
 

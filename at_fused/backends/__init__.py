@@ -8,9 +8,10 @@ A backend is a module `backends/NAME.py` with
         Why it can't serve these features; None when it can.
     attention_maps(feats, p, mapping) -> list[Tensor]
         Raw maps (B, *spatial) of features (B, C, *spatial), any strides and dtypes.
-    attention_maps_backward(feats, grad_maps, scale, p, mapping) -> list[Tensor]
+    attention_maps_backward(feats, grad_maps, scale, p, mapping, addends) -> list[Tensor]
         Gradients at the features, in their dtype and memory format. `scale` multiplies the map
-        gradients: None, a scalar tensor, or one value per feature, read on the device.
+        gradients: None, a scalar tensor, or one value per feature, read on the device. `addends`, one per
+        feature of the gradient's dtype and strides, or none, are added before rounding.
     attention_loss(students, teachers, weights, p, mapping, eps, reduce,
                    student_slopes, teacher_slopes, student_grads) -> (loss, slopes, grads)
         The l2-normalised mean-squared loss, weighted, () if `reduce` else (n_pairs,); where asked for, the
@@ -32,7 +33,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import cpu, cuda, triton
 
@@ -61,9 +64,26 @@ def select(backend: str, feats: Sequence[Tensor], p: float, mapping: str) -> str
     for name in _available if backend == "auto" else (backend,):
         if name == "reference":
             return name
-        reason = _unavailable[name] or modules[name].unsupported(feats, p, mapping)
+        reason = _unavailable[name] or _wrapped(feats) or modules[name].unsupported(feats, p, mapping)
         if reason is None:
             return name
         if backend != "auto":
             raise BackendError(f"backend {backend!r} can't be used here: {reason}")
     return "reference"
+
+
+def _wrapped(feats: Sequence[Tensor]) -> str | None:
+    """Why no kernel can see the memory of these features; None where one can."""
+    for feat in feats:
+        if not is_plain(feat):
+            return f"it can't see into a {type(feat).__name__}, nor through torch.func's transformations"
+    return None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is no DTensor or other wrapper, and not transformed by vmap or torch.func.grad."""
+    if torch.compiler.is_compiling():
+        return True
+    return not (
+        torch._C._functorch.is_functorch_wrapped_tensor(tensor) or is_traceable_wrapper_subclass(tensor)
+    )

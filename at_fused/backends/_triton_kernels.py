@@ -220,6 +220,7 @@ def _gradient_tile(
     feat,
     slope,
     grad,
+    addend,
     grid,
     factor,
     program,
@@ -241,6 +242,8 @@ def _gradient_tile(
     position = program % tiles * BLOCK_P + tl.arange(0, BLOCK_P).to(index)
     rows = _rows(feat, sample, position, grid[3], PV, CV)
     grad_rows = _rows(grad, sample, position, grid[3], PV, CV)
+    if addend is not None:
+        addend_rows = _rows((addend, grad[1], grad[2], grad[3]), sample, position, grid[3], PV, CV)
     at_map = tl.load(_of_map(slope, sample, position, grid[3]), position < positions, 0).to(dtype)
     at_map = (at_map * (factor.to(dtype) * tl.full((), WHOLE + FRACTION, dtype)))[None, :]
 
@@ -265,6 +268,8 @@ def _gradient_tile(
         result = at_map * _abs_power_slope(x, WHOLE, FRACTION)
         if MAX:
             result = tl.where(channel == winner, result, 0)
+        if addend is not None:
+            result += tl.load(addend_rows + channel * grad_channel_stride, there, 0).to(dtype)
         tl.store(grad_rows + channel * grad_channel_stride, _rounded(result, grad[0].dtype.element_ty), there)
 
 
@@ -273,6 +278,7 @@ def gradients_kernel(
     feats,
     slopes,
     grads,
+    addends,
     grids,
     scale,
     scale_stride,
@@ -281,7 +287,8 @@ def gradients_kernel(
     MAX: tl.constexpr,
     KINDS: tl.constexpr,
 ):
-    """Gradients at all features, given those at their raw maps and, if `scale` is, its factor for each."""
+    """Gradients at all features from those at their raw maps, times the factors in `scale`, plus `addends`,
+    which have the gradients' strides; either may be None."""
     program = tl.program_id(0)
     for i in tl.static_range(len(feats)):
         if (program >= 0) & (program < _count(grids[i][0])):
@@ -290,6 +297,7 @@ def gradients_kernel(
                 feats[i],
                 slopes[i],
                 grads[i],
+                None if addends is None else addends[i],
                 grids[i],
                 factor,
                 program,

@@ -38,12 +38,17 @@ def attention_maps(feats: Sequence[Tensor], p: float, mapping: str) -> list[Tens
 
 
 def attention_maps_backward(
-    feats: Sequence[Tensor], grad_maps: Sequence[Tensor], scale: Tensor | None, p: float, mapping: str
+    feats: Sequence[Tensor],
+    grad_maps: Sequence[Tensor],
+    scale: Tensor | None,
+    p: float,
+    mapping: str,
+    addends: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     grads = [torch.empty_like(feat) for feat in feats]
     # Maps are small: a gradient that arrives expanded (from sum()) is made dense here.
     slopes = [grad_map.contiguous() for grad_map in grad_maps]
-    torch.ops.at_fused_cpu.attention_maps_backward(feats, slopes, scale, grads, p, mapping == "max")
+    torch.ops.at_fused_cpu.attention_maps_backward(feats, slopes, scale, addends, grads, p, mapping == "max")
     return grads
 
 

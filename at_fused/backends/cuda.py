@@ -87,13 +87,20 @@ def attention_maps(feats: Sequence[Tensor], p: float, mapping: str) -> list[Tens
 
 
 def attention_maps_backward(
-    feats: Sequence[Tensor], grad_maps: Sequence[Tensor], scale: Tensor | None, p: float, mapping: str
+    feats: Sequence[Tensor],
+    grad_maps: Sequence[Tensor],
+    scale: Tensor | None,
+    p: float,
+    mapping: str,
+    addends: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     grads = [torch.empty_like(feat) for feat in feats]
     slopes = [grad_map.contiguous() for grad_map in grad_maps]
     note = _note() if scale is not None and scale.numel() == 1 else None
     scale = None if scale is None else scale.float()
     torch.ops.at_fused_cuda.attention_maps_backward(feats, slopes, scale, grads, p, note, False)
+    if addends:
+        torch._foreach_add_(grads, list(addends))
     return grads
 
 

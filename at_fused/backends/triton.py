@@ -62,7 +62,12 @@ def attention_maps(feats: Sequence[Tensor], p: float, mapping: str) -> list[Tens
 
 
 def attention_maps_backward(
-    feats: Sequence[Tensor], grad_maps: Sequence[Tensor], scale: Tensor | None, p: float, mapping: str
+    feats: Sequence[Tensor],
+    grad_maps: Sequence[Tensor],
+    scale: Tensor | None,
+    p: float,
+    mapping: str,
+    addends: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     grads = [torch.empty_like(feat) for feat in feats]
     layouts = [
@@ -76,6 +81,7 @@ def attention_maps_backward(
         tuple((feat, *layout.feat) for feat, layout in zip(feats, layouts, strict=True)),
         tuple((grad_map, *layout.map) for grad_map, layout in zip(grad_maps, layouts, strict=True)),
         tuple((grad, *layout.grad) for grad, layout in zip(grads, layouts, strict=True)),
+        tuple(addends) or None,
         tuple(layout.grid for layout in layouts),
         scale,
         0 if scale is None or scale.numel() == 1 else scale.stride(0),

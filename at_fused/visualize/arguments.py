@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..taps import close_names
+from .._selectors import close_names
 from . import output
 from .grid import SCALES
 from .paths import expand, user_path

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .. import _weights
-from ..taps import close_names
+from .._selectors import close_names
 
 Triple = tuple[float, float, float]
 IMAGENET: tuple[Triple, Triple] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

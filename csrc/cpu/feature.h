@@ -20,7 +20,19 @@ struct Feature {
   int spatial_dims;
   int64_t sizes[max_spatial_dims];
   int64_t strides[max_spatial_dims];
-  bool fresh = false;  // memory of the system's that nothing has been written to yet
+  bool fresh = false;            // memory of the system's that nothing has been written to yet
+  const void* addend = nullptr;  // of a gradient: what is added to it, of the same type and strides
+
+  // The same type, shape and strides.
+  bool lies_as(const Feature& other) const {
+    bool same = dtype == other.dtype && batch == other.batch && channels == other.channels &&
+                spatial_dims == other.spatial_dims && (batch_stride == other.batch_stride || batch == 1) &&
+                (channel_stride == other.channel_stride || channels == 1);
+    for (int i = 0; same && i < spatial_dims; ++i) {
+      same = sizes[i] == other.sizes[i] && (strides[i] == other.strides[i] || sizes[i] == 1);
+    }
+    return same;
+  }
 
   int64_t positions() const {
     int64_t count = 1;

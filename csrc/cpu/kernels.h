@@ -12,8 +12,8 @@ struct Kernels {
   // Raw map of one sample: `map` has positions() elements.
   void (*map)(const Feature& feat, int64_t sample, Mapping mapping, void* map);
 
-  // dA = scale * slope * p * |A|^(p-1) * sign(A), written to `grad` (same shape, own strides). `scratch` has
-  // 2 * positions() elements of the map's type.
+  // dA = scale * slope * p * |A|^(p-1) * sign(A), plus the addend of `grad` if it has one, written to `grad` (same
+  // shape, own strides). `scratch` has 2 * positions() elements of the map's type.
   void (*map_backward)(const Feature& feat, const Feature& grad, int64_t sample, Mapping mapping,
                        const void* slope, double scale, void* scratch);
 

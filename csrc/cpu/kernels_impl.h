@@ -253,11 +253,30 @@ void map_sample(const Feature& feat, int64_t sample, Scalar* map, Join join) {
 // --- backward ---
 // Fresh memory gets ordinary stores: the system has just put its pages, zeroed, into the cache.
 
-template <class T, class Scalar, class Power>
-void backward_over_positions(const T* x, T* grad, int64_t stride, int64_t grad_stride, int64_t length,
+// What is added to a gradient: nothing, or the values of another, which lies in memory as this one does.
+struct NoAddend {
+  template <class V>
+  V plus(V v, int64_t) const { return v; }
+  template <class V>
+  V plus_some(V v, int64_t, int64_t, int64_t) const { return v; }
+  NoAddend operator+(int64_t) const { return {}; }
+};
+
+template <class T>
+struct Addend {
+  const T* data;
+  template <class V>
+  V plus(V v, int64_t i) const { return v + load(data + i); }
+  template <class V>
+  V plus_some(V v, int64_t i, int64_t stride, int64_t some) const { return v + load_some(data + i, stride, some); }
+  Addend operator+(int64_t offset) const { return {data + offset}; }
+};
+
+template <class T, class Scalar, class Power, class Added>
+void backward_over_positions(const T* x, T* grad, Added added, int64_t stride, int64_t grad_stride, int64_t length,
                              const Scalar* slope, Power power, bool fresh) {
   using V = typename Accumulator<T>::V;
-  const auto at = [&](int64_t i) { return load(slope + i) * power.slope(load(x + i)); };
+  const auto at = [&](int64_t i) { return added.plus(load(slope + i) * power.slope(load(x + i)), i); };
   if (!fresh && stride == 1 && grad_stride == 1 && streams(grad, length, length)) {
     for (int64_t i = 0; i < length; i += lanes<V>) stream(grad + i, at(i));
     return;
@@ -274,18 +293,18 @@ void backward_over_positions(const T* x, T* grad, int64_t stride, int64_t grad_s
   for (int64_t i = 0; i < length; i += lanes<V>) {
     const int64_t some = at_most_lanes<V>(length - i);
     const V v = load_some(slope + i, 1, some) * power.slope(load_some(x + i * stride, stride, some));
-    store_some(grad + i * grad_stride, grad_stride, some, v);
+    store_some(grad + i * grad_stride, grad_stride, some, added.plus_some(v, i * grad_stride, grad_stride, some));
   }
 }
 
-template <class T, class Scalar, class Power>
-void backward_over_channels(const T* x, T* grad, int64_t stride, int64_t grad_stride, int64_t channels,
+template <class T, class Scalar, class Power, class Added>
+void backward_over_channels(const T* x, T* grad, Added added, int64_t stride, int64_t grad_stride, int64_t channels,
                             int64_t length, const Scalar* slope, Power power, bool fresh) {
   using V = typename Accumulator<T>::V;
   const bool streamed = !fresh && streams(grad, grad_stride, channels);
-  for (int64_t i = 0; i < length; ++i, x += stride, grad += grad_stride) {
+  for (int64_t i = 0; i < length; ++i, x += stride, grad += grad_stride, added = added + grad_stride) {
     const V factor = splat<V>(slope[i]);
-    const auto at = [&](int64_t c) { return factor * power.slope(load(x + c)); };
+    const auto at = [&](int64_t c) { return added.plus(factor * power.slope(load(x + c)), c); };
     int64_t c = 0;
     if (streamed) {
       for (; c < channels; c += lanes<V>) stream(grad + c, at(c));
@@ -295,37 +314,42 @@ void backward_over_channels(const T* x, T* grad, int64_t stride, int64_t grad_st
       store(grad + c, at(c));
     }
     if (c < channels) {
-      store_some(grad + c, 1, channels - c, factor * power.slope(load_some(x + c, 1, channels - c)));
+      const int64_t some = channels - c;
+      store_some(grad + c, 1, some, added.plus_some(factor * power.slope(load_some(x + c, 1, some)), c, 1, some));
     }
   }
 }
 
-template <class T, class Scalar, class Power>
-void backward_sum(const Feature& feat, const Feature& grad, int64_t sample, const Scalar* slope, Power power) {
+template <class T, class Scalar, class Power, class Added>
+void backward_sum(const Feature& feat, const Feature& grad, Added addend, int64_t sample, const Scalar* slope,
+                  Power power) {
   const T* x = static_cast<const T*>(feat.data) + sample * feat.batch_stride;
   T* g = static_cast<T*>(grad.data) + sample * grad.batch_stride;
+  const auto added = addend + sample * grad.batch_stride;
   const Rows rows(feat, grad);
   rows.for_each([&](int64_t position, int64_t offset, int64_t grad_offset) {
     const Scalar* row_slope = slope + position;
     if (feat.channel_stride == 1 && grad.channel_stride == 1 && feat.channels > 1) {
-      backward_over_channels(x + offset, g + grad_offset, rows.stride_a(), rows.stride_b(), feat.channels,
-                             rows.length(), row_slope, power, grad.fresh);
+      backward_over_channels(x + offset, g + grad_offset, added + grad_offset, rows.stride_a(), rows.stride_b(),
+                             feat.channels, rows.length(), row_slope, power, grad.fresh);
       return;
     }
     for (int64_t c = 0; c < feat.channels; ++c) {
-      backward_over_positions(x + offset + c * feat.channel_stride, g + grad_offset + c * grad.channel_stride,
-                              rows.stride_a(), rows.stride_b(), rows.length(), row_slope, power, grad.fresh);
+      const int64_t there = grad_offset + c * grad.channel_stride;
+      backward_over_positions(x + offset + c * feat.channel_stride, g + there, added + there, rows.stride_a(),
+                              rows.stride_b(), rows.length(), row_slope, power, grad.fresh);
     }
   });
 }
 
 // Only the first channel that reaches the maximum `peak` receives the gradient: `slope` times its sign.
-template <class T, class Scalar>
-void backward_max(const Feature& feat, const Feature& grad, int64_t sample, const Scalar* slope,
+template <class T, class Scalar, class Added>
+void backward_max(const Feature& feat, const Feature& grad, Added addend, int64_t sample, const Scalar* slope,
                   const Scalar* peak) {
   using V = typename Accumulator<T>::V;
   const T* x = static_cast<const T*>(feat.data) + sample * feat.batch_stride;
   T* g = static_cast<T*>(grad.data) + sample * grad.batch_stride;
+  const auto added = addend + sample * grad.batch_stride;
   const Rows rows(feat, grad);
   rows.for_each([&](int64_t position, int64_t offset, int64_t grad_offset) {
     for (int64_t i = 0; i < rows.length(); i += lanes<V>) {
@@ -336,8 +360,9 @@ void backward_max(const Feature& feat, const Feature& grad, int64_t sample, cons
         const V v = load_some(x + offset + c * feat.channel_stride + i * rows.stride_a(), rows.stride_a(), some);
         const Mask<V> hit = open & ((Mask<V>)(magnitude(v) == top) | (Mask<V>)(v != v));
         open &= ~hit;
-        store_some(g + grad_offset + c * grad.channel_stride + i * rows.stride_b(), rows.stride_b(), some,
-                   select(hit, factor * sign(v), V{}));
+        const int64_t there = grad_offset + c * grad.channel_stride + i * rows.stride_b(), step = rows.stride_b();
+        const V result = select(hit, factor * sign(v), V{});
+        store_some(g + there, step, some, added.plus_some(result, there, step, some));
       }
     }
   });
@@ -466,11 +491,18 @@ void map_backward(const Feature& feat, const Feature& grad, int64_t sample, Mapp
     const auto factor = static_cast<Scalar>(scale * mapping.p);
     for (int64_t i = 0; i < positions; ++i) scaled[i] = static_cast<const Scalar*>(slope)[i] * factor;
     if (mapping.max) map_sample<T>(feat, sample, peak, Max{});
+    const auto with_addend = [&](auto use) {
+      grad.addend ? use(Addend<T>{static_cast<const T*>(grad.addend)}) : use(NoAddend{});
+    };
     with_power(mapping.p, [&](auto power) {
-      if (!mapping.max) return backward_sum<T>(feat, grad, sample, scaled, power);
+      if (!mapping.max) {
+        return with_addend([&](auto added) { backward_sum<T>(feat, grad, added, sample, scaled, power); });
+      }
       multiply_in_place(scaled, peak, positions, [&](auto v) { return power.slope(v); });
     });
-    if (mapping.max) backward_max<T>(feat, grad, sample, scaled, peak);
+    if (mapping.max) {
+      with_addend([&](auto added) { backward_max<T>(feat, grad, added, sample, scaled, peak); });
+    }
   });
 }
 

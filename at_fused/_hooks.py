@@ -1,0 +1,314 @@
+"""The hooks behind `FeatureTaps` and `AttentionTransfer`: what a model made in its latest forward pass.
+
+A pass begins with the model's own call and forgets the one before, so that a module which a pass skips, or
+does not reach, leaves nothing behind. Where only parts of a model are called (`checkpoint_sequential`,
+`forward_features`), a tapped module that is called again begins a pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ._selectors import Selector, parse, replaced, select
+
+# From a feature: what is recorded of it, and what the model goes on with (None: the feature itself).
+Take = Callable[[Tensor, Selector, Any], tuple[Any, Tensor | None]]
+
+
+class Record(NamedTuple):
+    """One feature of a pass."""
+
+    value: Any  # what was taken
+    feature_grad: bool  # whether the feature required a gradient when it was made
+    graded: bool  # whether gradients were recorded then
+    in_function: bool  # whether it was made within an autograd.Function, as by reentrant checkpointing
+
+
+class Pass:
+    """What was recorded since the latest pass began."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+        self.running = False  # between the beginning and the end of the model's own call
+        self.trains = False  # the model's output required a gradient
+
+
+class ModelTaps:
+    """Hooks on named features of `model`; `take` says what to record of each.
+
+    Hooks live until `close()`, keep the model out of reach of no garbage collector, and belong to this model
+    alone: in a copy of it they do nothing.
+
+    Raises:
+        ValueError, TypeError: names that are unknown, repeated or no strings.
+    """
+
+    def __init__(self, model: nn.Module | None, names: Iterable[str], take: Take) -> None:
+        self.pass_ = Pass()
+        self._handles: list[RemovableHandle] = []
+        if model is None:  # a copy of taps whose model did not come with them: closed
+            self.names, self.selectors, self.hooked = tuple(names), [], {}
+            return
+        if isinstance(names, str):
+            raise TypeError(f"names must be a sequence of module names, got the single string {names!r}")
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self.selectors = [parse(name, modules) for name in names]
+        self.names = tuple(selector.name for selector in self.selectors)
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"module names are repeated: {list(self.names)}")
+        _guard_on_hooks()
+        self.model = weakref.ref(model)
+        self.hooked = {s.name: weakref.ref(modules[s.module]) for s in self.selectors}
+        begin = _Begin(model, self.pass_, [*self.hooked.values()])
+        self._handles.append(model.register_forward_pre_hook(begin, prepend=True))
+        for selector in self.selectors:
+            module = modules[selector.module]
+            if selector.of_input:
+                input_hook = _InputTap(module, selector, self.pass_, take)
+                self._handles.append(module.register_forward_pre_hook(input_hook, with_kwargs=True))
+            else:
+                output_hook = _OutputTap(module, selector, self.pass_, take)
+                self._handles.append(module.register_forward_hook(output_hook))
+        self._handles.append(model.register_forward_hook(_End(model, self.pass_)))
+
+    @property
+    def closed(self) -> bool:
+        return not self._handles
+
+    def clear(self) -> None:
+        self.pass_.records.clear()
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.clear()
+
+    def missing(self) -> str | None:
+        """Why the latest pass has not recorded every feature, in a sentence; None if it has."""
+        absent = [name for name in self.names if name not in self.pass_.records]
+        if not torch.compiler.is_compiling() and (swapped := self._swapped()):
+            return (
+                f"the tapped modules {swapped} are no longer part of this model (replaced, as by "
+                "convert_sync_batchnorm or quantization): tap the model after it has been changed"
+            )
+        if not absent:
+            return None
+        return (
+            f"this model's latest forward pass has not reached the tapped modules {absent}: there was no "
+            "pass, it skipped or did not get to them, its features have been used, or the pass was one of "
+            "a copy, which has no taps"
+        )
+
+    def _swapped(self) -> list[str]:
+        model = self.model()
+        if model is None:
+            return []
+        return [s.name for s in self.selectors if _submodule(model, s.module) is not self.hooked[s.name]()]
+
+    def hooked_later(self, name: str) -> bool:
+        """Whether a hook that is called after the tap may have changed what the model went on with."""
+        module = self.hooked[name]()
+        if module is None:
+            return False
+        hooks = [*module._forward_hooks.values()]
+        taps = [i for i, hook in enumerate(hooks) if isinstance(hook, _OutputTap)]
+        return bool(taps) and any(not isinstance(hook, _Hook) for hook in hooks[taps[-1] :])
+
+    def lost_gradient(self, name: str, *, student: bool = False) -> str | None:
+        """Why a feature that ought to carry a gradient does not, and the cure; None where all is well.
+
+        A feature of frozen parameters alone has none by right, and one of a pass without gradients has none
+        unless the model is known to be the `student`.
+        """
+        record = self.pass_.records[name]
+        if record.graded or record.feature_grad or self._frozen_until(name):
+            return None
+        if record.in_function:
+            return (
+                f"the feature of {name!r} was made without gradient in a reentrant checkpoint (or another "
+                "autograd.Function), into which autograd does not see: use "
+                "checkpoint(..., use_reentrant=False), or freeze the parameters before it if they are not "
+                "to be trained"
+            )
+        if self.pass_.trains or student:
+            return (
+                f"the feature of {name!r} was made under no_grad in a pass that trains: leave no_grad out of "
+                "the student's forward pass, or freeze the parameters before the tap if they are not to be "
+                "trained (checkpointing needs use_reentrant=False)"
+            )
+        return None
+
+    def _frozen_until(self, name: str) -> bool:
+        """Whether no parameter requires a gradient in the tapped module and those registered before it."""
+        model, tapped = self.model(), self.hooked[name]()
+        if model is None or tapped is None:
+            return True
+        for module in model.modules():
+            if module is tapped:
+                break
+            if any(
+                parameter.requires_grad for parameter in module._parameters.values() if parameter is not None
+            ):
+                return False
+        return not any(parameter.requires_grad for parameter in tapped.parameters())
+
+
+class _Hook:
+    """A hook on one module, and on no copy of it."""
+
+    def __init__(self, module: nn.Module, pass_: Pass) -> None:
+        self.module, self.pass_ = weakref.ref(module), pass_
+
+    def __deepcopy__(self, memo: Any) -> _NoHook:
+        return _NoHook()
+
+    def __reduce__(self) -> Any:
+        return _NOTHING
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # which torch.jit.script asks of every hook
+            raise AttributeError("a tapped model can't be scripted: close its taps before torch.jit.script")
+        raise AttributeError(name)
+
+
+class _NoHook:
+    """What a tap is in a copy of its model."""
+
+    def __call__(self, *args: Any) -> None:
+        pass
+
+    def __reduce__(self) -> Any:
+        return _NOTHING
+
+
+# A callable of the standard library that takes anything and returns None: a model that was pickled with taps
+# on it loads where at_fused is not installed.
+_NOTHING = getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class _Begin(_Hook):
+    """Before the model's own call."""
+
+    def __init__(self, module: nn.Module, pass_: Pass, tapped: list[weakref.ref[nn.Module]]) -> None:
+        super().__init__(module, pass_)
+        self.tapped = tapped
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if module is not self.module() or _recomputing():
+            return
+        self.pass_.records.clear()
+        self.pass_.running, self.pass_.trains = True, False
+        if not torch.compiler.is_compiling():
+            for reference in self.tapped:
+                if (tapped := reference()) is not None:
+                    _move_taps_to_the_end(tapped)
+
+
+class _End(_Hook):
+    """After the model's own call."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is self.module() and not _recomputing():
+            self.pass_.running = False
+            self.pass_.trains = _requires_grad(output)
+
+
+class _Tap(_Hook):
+    def __init__(self, module: nn.Module, selector: Selector, pass_: Pass, take: Take) -> None:
+        super().__init__(module, pass_)
+        self.selector, self.take = selector, take
+
+    def tap(self, value: Any) -> Any:
+        """`value` as the model is to go on with it; None: unchanged."""
+        pass_, selector = self.pass_, self.selector
+        feature = select(value, selector)
+        taken, passed_on = self.take(feature, selector, value)
+        if not _recomputing():
+            if not pass_.running and selector.name in pass_.records:
+                pass_.records.clear()
+            compiling = torch.compiler.is_compiling()
+            graded = torch.is_grad_enabled()
+            in_function = not (compiling or graded or torch.is_inference_mode_enabled()) and not (
+                torch._C._is_fwd_grad_enabled()  # off in the forward of every autograd.Function
+            )
+            pass_.records[selector.name] = Record(taken, feature.requires_grad, graded, in_function)
+        return None if passed_on is None else replaced(value, selector.path, passed_on)
+
+
+class _OutputTap(_Tap):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if module is not self.module():  # a replica of DataParallel, say
+            return None
+        return self.tap(output)
+
+
+class _InputTap(_Tap):
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if module is not self.module():
+            return None
+        path = self.selector.path
+        if path and isinstance(path[0], str):
+            changed = self.tap(kwargs)
+            return None if changed is None else (args, changed)
+        if path or not args:
+            changed = self.tap(args)
+            return None if changed is None else (changed, kwargs)
+        changed = self.tap(args[0])
+        return None if changed is None else ((changed, *args[1:]), kwargs)
+
+
+def is_complete(model: nn.Module | None) -> bool:
+    """Whether there is a model, with its modules: a copy may still lack them where it owns its taps."""
+    return model is not None and "_modules" in model.__dict__
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _recomputing() -> bool:
+    """Whether a backward pass is running: what checkpointing calls again then is no new pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _requires_grad(output: Any) -> bool:
+    if isinstance(output, Tensor):
+        return output.requires_grad
+    if isinstance(output, dict):
+        output = list(output.values())
+    return isinstance(output, (tuple, list)) and any(_requires_grad(item) for item in output)
+
+
+def _move_taps_to_the_end(module: nn.Module) -> None:
+    """Moves taps behind hooks that were registered later, which may change what the model goes on with."""
+    hooks: Any = module._forward_hooks
+    if len(hooks) > 1 and not isinstance(hooks[next(reversed(hooks))], _Hook):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+            hooks.move_to_end(key)
+
+
+def _guard_on_hooks() -> None:
+    """Has torch.compile look at the hooks of the modules it is called with.
+
+    By default (`torch._dynamo.config.skip_nnmodule_hook_guards`) it runs what it compiled for a model without
+    hooks for one that has some, too, and nothing is recorded. What was compiled so is dropped.
+    """
+    if torch.compiler.is_compiling():
+        return
+    import torch._dynamo as dynamo
+
+    if dynamo.config.skip_nnmodule_hook_guards:
+        dynamo.config.skip_nnmodule_hook_guards = False
+        if dynamo.utils.counters["stats"]["unique_graphs"]:
+            torch.compiler.reset()
