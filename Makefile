@@ -45,7 +45,7 @@ $(TOOLS): pyproject.toml | $(READY)
 	@touch $@
 
 # The suite's tests of the Triton backend, whose interpreter, once asked for, serves every CPU tensor.
-INTERPRETED := $(patsubst %,tests/test_%.py,attention_map attention_loss compositions properties) \
+INTERPRETED := $(patsubst %,tests/test_%.py,attention_map attention_loss addend compositions properties) \
 	-k 'triton or test_properties'
 
 # A file's tests share what they train: all of them go to one process.

@@ -29,6 +29,7 @@ class Record(NamedTuple):
     feature_grad: bool  # whether the feature required a gradient when it was made
     graded: bool  # whether gradients were recorded then
     in_function: bool  # whether it was made within an autograd.Function, as by reentrant checkpointing
+    input_grad: bool  # whether what the module received required a gradient
 
 
 class Pass:
@@ -129,7 +130,7 @@ class ModelTaps:
         unless the model is known to be the `student`.
         """
         record = self.pass_.records[name]
-        if record.graded or record.feature_grad or self._frozen_until(name):
+        if record.feature_grad or self._frozen(name, record):
             return None
         if record.in_function:
             return (
@@ -139,26 +140,36 @@ class ModelTaps:
                 "to be trained"
             )
         if self.pass_.trains or student:
+            where = "its module detaches it" if record.graded else "made under no_grad"
             return (
-                f"the feature of {name!r} was made under no_grad in a pass that trains: leave no_grad out of "
-                "the student's forward pass, or freeze the parameters before the tap if they are not to be "
-                "trained (checkpointing needs use_reentrant=False)"
+                f"the feature of {name!r} has no gradient, and parameters before it are trained ({where}, in "
+                "a pass that trains): leave no_grad and detach out of the student's forward pass, or freeze "
+                "these parameters (checkpointing needs use_reentrant=False)"
             )
         return None
 
-    def _frozen_until(self, name: str) -> bool:
-        """Whether no parameter requires a gradient in the tapped module and those registered before it."""
+    def _frozen(self, name: str, record: Record) -> bool:
+        """Whether a feature has no gradient by right: no parameter that it can depend on requires one.
+
+        It depends on the modules registered before it; or on a frozen part of the model alone, such as the
+        teacher in a module that owns both, whose input requires no gradient.
+        """
         model, tapped = self.model(), self.hooked[name]()
         if model is None or tapped is None:
             return True
-        for module in model.modules():
-            if module is tapped:
+        if not (record.in_function or record.input_grad):
+            module = next(s.module for s in self.selectors if s.name == name)
+            while module:
+                part = model.get_submodule(module)
+                if _is_frozen(part) and next(part.parameters(), None) is not None:
+                    return True
+                module = module.rpartition(".")[0]
+        for module_before in model.modules():
+            if module_before is tapped:
                 break
-            if any(
-                parameter.requires_grad for parameter in module._parameters.values() if parameter is not None
-            ):
+            if any(parameter.requires_grad for parameter in module_before.parameters(recurse=False)):
                 return False
-        return not any(parameter.requires_grad for parameter in tapped.parameters())
+        return _is_frozen(tapped)
 
 
 class _Hook:
@@ -226,7 +237,7 @@ class _Tap(_Hook):
         super().__init__(module, pass_)
         self.selector, self.take = selector, take
 
-    def tap(self, value: Any) -> Any:
+    def tap(self, value: Any, args: Any) -> Any:
         """`value` as the model is to go on with it; None: unchanged."""
         pass_, selector = self.pass_, self.selector
         feature = select(value, selector)
@@ -239,7 +250,9 @@ class _Tap(_Hook):
             in_function = not (compiling or graded or torch.is_inference_mode_enabled()) and not (
                 torch._C._is_fwd_grad_enabled()  # off in the forward of every autograd.Function
             )
-            pass_.records[selector.name] = Record(taken, feature.requires_grad, graded, in_function)
+            input_grad = not compiling and _requires_grad(args)
+            record = Record(taken, feature.requires_grad, graded, in_function, input_grad)
+            pass_.records[selector.name] = record
         return None if passed_on is None else replaced(value, selector.path, passed_on)
 
 
@@ -247,7 +260,7 @@ class _OutputTap(_Tap):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if module is not self.module():  # a replica of DataParallel, say
             return None
-        return self.tap(output)
+        return self.tap(output, args)
 
 
 class _InputTap(_Tap):
@@ -256,12 +269,12 @@ class _InputTap(_Tap):
             return None
         path = self.selector.path
         if path and isinstance(path[0], str):
-            changed = self.tap(kwargs)
+            changed = self.tap(kwargs, args)
             return None if changed is None else (args, changed)
         if path or not args:
-            changed = self.tap(args)
+            changed = self.tap(args, args)
             return None if changed is None else (changed, kwargs)
-        changed = self.tap(args[0])
+        changed = self.tap(args[0], args)
         return None if changed is None else ((changed, *args[1:]), kwargs)
 
 
@@ -280,6 +293,10 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
 def _recomputing() -> bool:
     """Whether a backward pass is running: what checkpointing calls again then is no new pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _requires_grad(output: Any) -> bool:

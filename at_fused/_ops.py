@@ -171,8 +171,9 @@ class _Maps(torch.autograd.Function):
         wanted = [i for i, grad in enumerate(grad_maps) if grad is not None and ctx.needs_input_grad[3 + i]]
         grads: list[Tensor | None] = [None] * len(feats)
         if wanted:
-            inputs: Any = [feats[i] for i in wanted], [grad_maps[i] for i in wanted]
-            for i, grad in zip(wanted, _gradients(*inputs, None, *ctx.options), strict=True):
+            wanted_feats, wanted_maps = [feats[i] for i in wanted], [grad_maps[i] for i in wanted]
+            computed = _gradients(wanted_feats, wanted_maps, None, *ctx.options)
+            for i, grad in zip(wanted, computed, strict=True):
                 grads[i] = grad
         return None, None, None, *grads
 
@@ -338,7 +339,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _gradients(
-    feats: list[Tensor], grad_maps: list[Tensor], scale: Tensor | None, p: float, mapping: str, backend: str
+    feats: list[Tensor], grad_maps: list[Any], scale: Tensor | None, p: float, mapping: str, backend: str
 ) -> list[Tensor]:
     """The operator, or the reference for gradients that no kernel can see into (`is_grads_batched`)."""
     if all(backends.is_plain(grad) for grad in grad_maps):

@@ -68,7 +68,8 @@ class FeatureTaps:
 
     def _check(self, taps: ModelTaps, name: str) -> None:
         taken: _Feature = taps.pass_.records[name].value
-        if not taken.feature.requires_grad and (problem := taps.lost_gradient(name)):
+        lost = taken.feature.is_floating_point() and not taken.feature.requires_grad
+        if lost and (problem := taps.lost_gradient(name)):
             raise RuntimeError(problem)
         modified = taken.modified()
         self._take.compared.add(name)

@@ -290,9 +290,10 @@ def _pairs(
     if isinstance(names, Mapping):
         if t_names is not None:
             raise TypeError("names is a mapping of student's to teacher's names: t_names can't be given, too")
-        names, t_names = names.keys(), [*names.values()]
-    s_names = tuple(names)
-    teachers = s_names if t_names is None else tuple(t_names)
+        s_names, teachers = tuple(names.keys()), tuple(names.values())
+    else:
+        s_names = tuple(names)
+        teachers = s_names if t_names is None else tuple(t_names)
     if len(s_names) != len(teachers):
         raise ValueError(
             f"names and t_names must be of the same number: got {len(s_names)} {list(s_names)} and "

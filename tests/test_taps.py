@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import at_fused
 
@@ -303,12 +308,243 @@ def test_compiled_model(fullgraph: bool, model: Net, x: Tensor) -> None:
     assert torch.count_nonzero(model.stem.weight.grad) > 0
 
 
-def test_a_model_that_was_compiled_and_called_before_says_so(model: Net, x: Tensor) -> None:
-    """torch.compile takes no notice of hooks that come later."""
+@pytest.mark.parametrize("eager_pass_before", [False, True])
+@pytest.mark.parametrize("before", ["this model", "another of its class", "nothing"])
+def test_compiled_before_or_after_it_was_tapped(
+    before: str, eager_pass_before: bool, model: Net, x: Tensor
+) -> None:
+    """What was compiled without taps is not run for a model that has some."""
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager")
-    compiled(x)
-    with at_fused.FeatureTaps(model, ["group1"]) as taps:
+    if before == "this model":
         compiled(x)
-        with pytest.raises(RuntimeError, match=r"torch\.compile a model must be tapped before"):
+    elif before == "another of its class":
+        torch.compile(Net(), backend="aot_eager")(x)
+    with at_fused.FeatureTaps(model, ["group1"]) as taps:
+        if eager_pass_before:
+            model(2 * x)
+        for batch in (x, 3 * x):
+            compiled(batch)
+            torch.testing.assert_close(taps.features[0], by_hand(model, batch)["group1"])
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_second_instance_compiled_beside_the_first(x: Tensor) -> None:
+    torch.compiler.reset()
+    first, second = Net(), Net()
+    with at_fused.FeatureTaps(first, ["stem"]) as one, at_fused.FeatureTaps(second, ["stem"]) as two:
+        runs = [torch.compile(net, backend="aot_eager", fullgraph=True) for net in (first, second)]
+        for batch in (x, 2 * x):
+            for run in runs:
+                run(batch)
+            torch.testing.assert_close(one.features[0], first.stem(batch))
+            torch.testing.assert_close(two.features[0], second.stem(batch))
+
+
+# --- a gradient that is lost, features of an earlier pass ---------------------------------------------
+
+
+@pytest.mark.parametrize("tapped", ["group1", "group1.0", "group1.0.act", "group2.0.conv"])
+@pytest.mark.parametrize("part", ["model", "groups", "inner function"])
+def test_a_reentrant_checkpoint_never_loses_a_gradient_silently(
+    part: str, tapped: str, model: Net, x: Tensor
+) -> None:
+    """The gradient of the same model without checkpoints, or an error that says what to do."""
+    with at_fused.FeatureTaps(model, [tapped]) as taps:
+        model(x)
+        taps.features[0].square().sum().backward()
+        right = model.stem.weight.grad.clone()
+        model.zero_grad()
+
+    run: Callable[[Tensor], Tensor] = model
+    if part == "model":
+        run = lambda x: checkpoint(model, x, use_reentrant=True)  # noqa: E731
+    else:
+        for group in (model.group1, model.group2):
+            inner = group.forward if part == "groups" else (lambda x, blocks=group: blocks[1](blocks[0](x)))
+            group.forward = functools.partial(checkpoint, inner, use_reentrant=True)
+    with at_fused.FeatureTaps(model, [tapped]) as taps:
+        run(x.requires_grad_())
+        if part != "model" and tapped == "group1":  # the output of the checkpoint: autograd sees it
+            taps.features[0].square().sum().backward()
+            torch.testing.assert_close(model.stem.weight.grad, right)
+        else:
+            with pytest.raises(RuntimeError, match=f"'{tapped}'.*use_reentrant=False"):
+                _ = taps.features
+
+
+def test_a_checkpointed_module_that_is_tapped_itself(model: Net, x: Tensor) -> None:
+    with at_fused.FeatureTaps(model.group1, [""]) as taps:
+        out = checkpoint(model.group1, model.stem(x), use_reentrant=True)
+        assert taps.features[0] is out
+        assert taps.features[0].requires_grad
+
+
+def test_segments_of_checkpoint_sequential(x: Tensor) -> None:
+    torch.manual_seed(0)
+    blocks = nn.Sequential(nn.Conv2d(3, 4, 3), Block(4), Block(4), nn.ReLU())
+    with at_fused.FeatureTaps(blocks, ["0", "2"]) as taps:
+        checkpoint_sequential(blocks, 2, x.requires_grad_(), use_reentrant=False).sum().backward()
+        assert all(feature.requires_grad for feature in taps.features)
+        checkpoint_sequential(blocks, 2, x, use_reentrant=True)
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
             _ = taps.features
+
+
+def test_no_grad_within_a_pass_that_trains(model: Net, x: Tensor) -> None:
+    model.group1.forward = torch.no_grad()(model.group1.forward)  # type: ignore[method-assign]
+    with at_fused.FeatureTaps(model, ["group1.0.act"]) as taps:
+        model(x)
+        with pytest.raises(RuntimeError, match=r"'group1.0.act' has no gradient.*leave no_grad"):
+            _ = taps.features
+        model.requires_grad_(False)  # a teacher
+        model(x)
+        assert not taps.features[0].requires_grad
+
+
+def test_a_frozen_teacher_within_a_module_that_trains_is_right(x: Tensor) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = Net(), Net().requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.teacher(x)
+            return self.student(x)
+
+    both = Both()
+    with at_fused.FeatureTaps(both, ["student.group1", "teacher.group1.0.act"]) as taps:
+        both(x)
+        assert [feature.requires_grad for feature in taps.features] == [True, False]
+
+
+@pytest.mark.parametrize("names", [["group1.1"], ["stem", "group1.1", "group2"]])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_module_that_a_pass_skips_leaves_nothing_of_the_pass_before(
+    whole: bool, names: list[str], model: Net, x: Tensor
+) -> None:
+    run = model if whole else model.forward  # whose hooks on the model itself are not called
+    with at_fused.FeatureTaps(model, names) as taps:
+        run(x)
+        assert len(taps.features) == len(names)
+        kept, model.group1 = model.group1, nn.Sequential(model.group1[0])
+        model.group1.add_module("1", kept[1])
+        model.group1.forward = kept[0].__call__  # type: ignore[method-assign]
+        if len(names) > 1 or whole:
+            run(2 * x)
+            with pytest.raises(RuntimeError, match=r"has not reached the tapped modules \['group1.1'\]"):
+                _ = taps.features
+
+
+def test_a_pass_that_fails_half_way_leaves_no_two_batches(model: Net, x: Tensor) -> None:
+    with at_fused.FeatureTaps(model, ["stem", "group2"]) as taps:
+        model(x)
+        with pytest.raises(RuntimeError, match="size"):
+            model(x[..., :3, :3].repeat(1, 1, 1, 1)[..., :2, :2])
+        with pytest.raises(RuntimeError, match="has not reached"):
+            _ = taps.features
+        model(x)
+        assert torch.equal(taps.features[0], model.stem(x))
+
+
+def test_a_module_that_is_replaced_is_named(x: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    for change in (
+        nn.SyncBatchNorm.convert_sync_batchnorm,
+        lambda model: model.__setitem__(1, nn.Identity()),
+    ):
+        changed = copy.deepcopy(model)
+        with at_fused.FeatureTaps(changed, ["1"]) as taps:
+            changed(x)
+            change(changed)
+            with pytest.raises(RuntimeError, match=r"\['1'\] are no longer part of this model"):
+                _ = taps.features
+
+
+class Owner(nn.Module):
+    """A model that returns its features, as one module to wrap, average or send elsewhere."""
+
+    def __init__(self, model: Net) -> None:
+        super().__init__()
+        self.model = model
+        self.taps = at_fused.FeatureTaps(model, ["stem", "group1"])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        self.model(x)
+        return self.taps.features
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        copy.deepcopy,
+        lambda owner: torch.optim.swa_utils.AveragedModel(owner).module,
+        lambda owner: pickle.loads(pickle.dumps(owner)),
+    ],
+)
+def test_a_copied_owner_has_the_features_of_its_own_passes(
+    duplicate: Callable[[Owner], Owner], grad: bool, model: Net, x: Tensor
+) -> None:
+    owner = Owner(model)
+    with torch.set_grad_enabled(grad):
+        first = owner(x)
+        other = duplicate(owner)
+        nn.init.zeros_(other.model.stem.weight)
+        with pytest.raises(RuntimeError, match="has not reached"):
+            _ = other.taps.features
+        assert torch.equal(other(x)[0], other.model.stem(x))
+        assert all(a is b for a, b in zip(owner.taps.features, first, strict=True))
+
+
+def test_taps_owned_by_their_own_model(x: Tensor) -> None:
+    model = Net()
+    model.taps = at_fused.FeatureTaps(model, ["stem"])
+    model(x)
+    other = copy.deepcopy(model)
+    other(x)
+    with pytest.raises(RuntimeError, match="closed"):
+        _ = other.taps.features
+    assert torch.equal(model.taps.features[0], model.stem(x))
+
+
+# --- what else may come between a feature and its reader ---------------------------------------------
+
+
+def test_in_place_changes_are_noticed_in_inference_mode(x: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True))
+    with at_fused.FeatureTaps(model, ["0"]) as taps, torch.inference_mode():
+        model(x)
+        with pytest.warns(UserWarning, match="'0' was modified in place"):
+            _ = taps.features
+
+
+def test_a_hook_registered_after_the_tap_is_called_before_it(model: Net, x: Tensor) -> None:
+    with at_fused.FeatureTaps(model, ["stem"]) as taps:
+        model.stem.register_forward_hook(lambda module, args, output: output.clamp(-0.1, 0.1))
+        model(x)
+        assert taps.features[0].abs().max() <= 0.1
+        model.stem.register_forward_hook(lambda module, args, output: None)
+        with pytest.warns(UserWarning, match="hook was registered on 'stem' after its tap"):
+            _ = taps.features
+
+
+def test_a_tapped_model_is_not_scripted(model: Net) -> None:
+    with at_fused.FeatureTaps(model, ["stem"]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with pytest.raises(AttributeError, match=r"close its taps before torch\.jit\.script"):
+            torch.jit.script(model)
+
+
+def test_a_model_pickled_with_taps_loads_without_at_fused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    with at_fused.FeatureTaps(model, ["0"]):
+        torch.save(model, tmp_path / "model.pt")
+    program = (
+        "import sys; sys.modules['at_fused'] = None; import torch; "
+        f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False); "
+        "print(model(torch.ones(1, 3, 4, 4)).shape[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("4", "")

@@ -76,7 +76,8 @@ def _wrapped(feats: Sequence[Tensor]) -> str | None:
     """Why no kernel can see the memory of these features; None where one can."""
     for feat in feats:
         if not is_plain(feat):
-            return f"it can't see into a {type(feat).__name__}, nor through torch.func's transformations"
+            kind = type(feat).__name__
+            return f"it can't see into a {kind} that a wrapper (DTensor) or functorch (torch.func) has made"
     return None
 
 

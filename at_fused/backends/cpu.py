@@ -48,7 +48,8 @@ def attention_maps_backward(
     grads = [torch.empty_like(feat) for feat in feats]
     # Maps are small: a gradient that arrives expanded (from sum()) is made dense here.
     slopes = [grad_map.contiguous() for grad_map in grad_maps]
-    torch.ops.at_fused_cpu.attention_maps_backward(feats, slopes, scale, addends, grads, p, mapping == "max")
+    added = list(addends) or None
+    torch.ops.at_fused_cpu.attention_maps_backward(feats, slopes, scale, grads, p, mapping == "max", added)
     return grads
 
 

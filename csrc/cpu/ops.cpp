@@ -77,7 +77,6 @@ std::vector<Feature> gradients_of(const std::vector<Tensor>& tensors) {
 }
 
 void add_to(std::vector<Feature>& grads, const std::vector<Tensor>& tensors) {
-  if (tensors.empty()) return;
   const std::vector<Feature> addends = features_of(tensors);
   STD_TORCH_CHECK(addends.size() == grads.size(), "at_fused: one addend per gradient");
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -158,12 +157,12 @@ void attention_maps(std::vector<Tensor> tensors, std::vector<Tensor> maps, doubl
   });
 }
 
-// `addends` is empty, or lists what is added to the gradients, of their types and strides.
+// `addends`, if given, are added to the gradients, and of their types and strides.
 void attention_maps_backward(std::vector<Tensor> tensors, std::vector<Tensor> slopes, std::optional<Tensor> scale,
-                             std::vector<Tensor> addends, std::vector<Tensor> grads, double p, bool max) {
+                             std::vector<Tensor> grads, double p, bool max, std::optional<std::vector<Tensor>> addends) {
   const auto feats = features_of(tensors);
   auto outs = gradients_of(grads);
-  add_to(outs, addends);
+  if (addends) add_to(outs, *addends);
   STD_TORCH_CHECK(slopes.size() == feats.size() && outs.size() == feats.size(), "at_fused: one slope per feature");
   for (size_t i = 0; i < feats.size(); ++i) check_map(slopes[i], feats[i]);
   std::vector<double> factors(feats.size(), 1.0);
@@ -245,8 +244,8 @@ std::string instruction_set() { return kernels().name; }
 STABLE_TORCH_LIBRARY(at_fused_cpu, library) {
   library.def("attention_maps(Tensor[] feats, Tensor(a!)[] maps, float p, bool max) -> ()");
   library.def(
-      "attention_maps_backward(Tensor[] feats, Tensor[] slopes, Tensor? scale, Tensor[] addends, Tensor(a!)[] grads, "
-      "float p, bool max) -> ()");
+      "attention_maps_backward(Tensor[] feats, Tensor[] slopes, Tensor? scale, Tensor(a!)[] grads, float p, bool max, "
+      "Tensor[]? addends=None) -> ()");
   library.def(
       "attention_loss(Tensor[] students, Tensor[] teachers, float[] weights, Tensor(a!) loss, Tensor(b!)[] slopes, "
       "Tensor(c!)[] grads, float p, bool max, float eps, bool student_slopes, bool teacher_slopes) -> ()");
