@@ -10,6 +10,7 @@ from at_fused._weights import State
 ZOO_WRN = r"group(\d)\.(\d+)\."
 AUTHORS = r"group(\d)\.block(\d+)\."
 REPDISTILLER = r"block(\d)\.layer\.(\d+)\."
+AUTHORS_RESNET = r"layer\d\.0\.downsample\.weight"  # in the zoo: a shortcut without BatchNorm
 RESNET = r"layer(\d)\.(\d+)\."
 OPENMMLAB = r"backbone\.layer(\d)\.(\d+)\."
 

@@ -18,10 +18,19 @@ from torch import nn
 
 from at_fused import _weights
 from at_fused._weights import State
-from models.identify import AUTHORS, OPENMMLAB, REPDISTILLER, RESNET, ZOO_WRN, NotInZoo, zoo_name
+from models.identify import (
+    AUTHORS,
+    AUTHORS_RESNET,
+    OPENMMLAB,
+    REPDISTILLER,
+    RESNET,
+    ZOO_WRN,
+    NotInZoo,
+    zoo_name,
+)
 from models.tapped import TappedModel
 
-SHOWN = 10  # keys of a kind that an error lists before it counts the rest
+SHOWN = 10  # keys of a kind that an error lists before it counts the rest; 3 of another model
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ def _openmmlab_key(key: str) -> str:
 ZOO = Naming("a model of the zoo", "", "", lambda key: key)
 NAMINGS = [
     Naming("the authors' WRN", AUTHORS, ZOO_WRN, _authors_key),
-    Naming("the authors' ResNet", AUTHORS, RESNET, _authors_resnet_key),
+    Naming("the authors' ResNet", AUTHORS, AUTHORS_RESNET, _authors_resnet_key),
     Naming("RepDistiller's WRN", REPDISTILLER, ZOO_WRN, _repdistiller_key),
     Naming("mmrazor's WRN", OPENMMLAB, ZOO_WRN, _mmrazor_key),
     Naming("OpenMMLab's ResNet", OPENMMLAB, RESNET, _openmmlab_key),
@@ -117,10 +126,11 @@ def load_state(model: nn.Module, state: State, *, new_classifier: bool = False) 
     unexpected = state.keys() - own.keys()
     sparse = [key for key in shared if state[key].layout != torch.strided]
     kinds = (("missing", missing), ("unexpected", unexpected), ("shapes", shapes), ("sparse", sparse))
-    problems = [_listed(kind, keys) for kind, keys in kinds if keys]
-    if problems:
+    if any(keys for _, keys in kinds):
         found, expected = _architecture(state), _architecture(theirs)
-        which = f"it holds {found}; " if found and found != expected else ""
+        other_model = found is not None and found != expected
+        problems = [_listed(kind, keys, 3 if other_model else SHOWN) for kind, keys in kinds if keys]
+        which = f"it holds {found}; " if other_model else ""
         raise ValueError(f"{which}read as {naming.name}: {'; '.join(problems)}")
     model.load_state_dict({own[key][0]: state[key] for key in own.keys() & state.keys()}, strict=False)
 
@@ -154,6 +164,6 @@ def _ends(state: State) -> dict[str, int]:
     return ends
 
 
-def _listed(kind: str, keys: Collection[str]) -> str:
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return f"{len(keys)} {kind}: {', '.join(sorted(keys)[:SHOWN])}{more}"
+def _listed(kind: str, keys: Collection[str], shown: int) -> str:
+    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+    return f"{len(keys)} {kind}: {', '.join(sorted(keys)[:shown])}{more}"

@@ -565,6 +565,10 @@ def test_the_file_of_another_model_of_the_zoo_is_named(tmp_path: Path) -> None:
     )
     resnet = models.create("resnet-18").state_dict()
     assert "it holds resnet-18; read as" in refusal(resnet, tmp_path, "resnet20")
+    text = refusal(authors_resnet_weights([2] * 4), tmp_path, "resnet-18")
+    assert "it holds authors-resnet-18; read as a model of the zoo: " in text
+    assert "missing: bn1.bias, bn1.running_mean, bn1.running_var and " in text
+    assert "unexpected: bn0.bias, bn0.running_mean, bn0.running_var and " in text
 
 
 def test_unknown_keys_and_what_is_known(tmp_path: Path) -> None:
