@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from at_fused._terminal import lenient_output
 from benchmarks import paper_report, paper_runs
@@ -40,11 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             known=args.known,
             keys=dict(args.set),
         )
-        if args.dry_run:
-            text, complete = paper_runs.estimate(plan.jobs)
-            print(text)
-            return 0 if complete else 1
         jobs = plan.jobs  # mistakes are told before anything is written
+        if args.measure:
+            return 0 if paper_runs.estimate(jobs, partial(print, flush=True)) else 1
+        if args.dry_run:
+            for line in paper_runs.listing(jobs):
+                print(line, flush=True)
+            paper_runs.check_data(jobs)
+            return 0
         with exclusive(plan.folder):
             failed = paper_runs.run(jobs, plan.folder / "logs", args.jobs, lambda: paper_report.write(plan))
             print(paper_report.write(plan))
@@ -107,8 +111,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="trainings at a time, on one GPU too (default 1)",
     )
     add("--threads", type=int, default=0, metavar="N", help="CPU threads of each training")
+    add("--dry-run", action="store_true", help="list the runs, and look whether their data are there")
     add(
-        "--dry-run", action="store_true", help="list the runs, and how long they would take by measured steps"
+        "--measure",
+        action="store_true",
+        help="list the runs, and how long they would take: a few steps of each recipe are run",
     )
     return parser.parse_args(argv)
 

@@ -68,7 +68,7 @@ class Job:
         """Metrics of the epochs so far."""
         try:
             return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MEASURED_STEPS = 5  # the first warms up
 # Of a training step's time, what an equal batch takes in evaluation: forward without backward.
 EVALUATION = 1 / 3
+PROGRESS_SECONDS = 60.0  # between lines that say how far the trainings are
 
 
 def run(jobs: Sequence[Job], logs: Path, parallel: int, finished: Callable[[], object]) -> int:
@@ -45,6 +46,7 @@ def run(jobs: Sequence[Job], logs: Path, parallel: int, finished: Callable[[], o
             process.wait()
         raise SystemExit(128 + number)
 
+    told = time.monotonic()
     handlers = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         while waiting or running:
@@ -67,6 +69,13 @@ def run(jobs: Sequence[Job], logs: Path, parallel: int, finished: Callable[[], o
                 else:
                     say(f"finished {job.name}: last test error {summary['last_test_error']:.2f} %")
                     finished()
+            if running and time.monotonic() - told >= PROGRESS_SECONDS:
+                told = time.monotonic()
+                say(
+                    ", ".join(
+                        f"{j.name} {len(j.history())}/{j.config.epochs} epochs" for j in running.values()
+                    )
+                )
             if waiting or running:
                 time.sleep(0.5)
     finally:
@@ -89,8 +98,27 @@ def start(job: Job, logs: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def estimate(jobs: Sequence[Job]) -> tuple[str, bool]:
-    """A line per job, with the time that its remaining epochs would take, and the sum; whether it has all.
+def listing(jobs: Sequence[Job]) -> Iterator[str]:
+    """A line per job, with the epochs that are left of it, and their number."""
+    left = 0
+    for job in jobs:
+        done = len(job.history())
+        finished = job.summary() is not None
+        left += not finished
+        progress = f" ({done} done)" if done else ""
+        yield f"{job.name}: " + ("finished" if finished else f"{job.config.epochs - done} epochs{progress}")
+    yield f"{len(jobs)} runs, {left} to train; --measure estimates how long they take"
+
+
+def check_data(jobs: Sequence[Job]) -> None:
+    """ConfigError where the data of a job that is left are missing or damaged."""
+    for job in jobs:
+        if job.summary() is None:
+            _sizes(job.config)
+
+
+def estimate(jobs: Sequence[Job], say: Callable[[str], object]) -> bool:
+    """Say of each job how long its remaining epochs would take, and the sum; returns whether it has all.
 
     A few steps of each distinct recipe are run for it, uncompiled and with an untrained teacher.
 
@@ -98,10 +126,10 @@ def estimate(jobs: Sequence[Job]) -> tuple[str, bool]:
         ConfigError: the data are missing or damaged.
     """
     steps: dict[str, float | None] = {}  # seconds, by recipe
-    lines, total = [], 0.0
+    total = 0.0
     for job in jobs:
         if job.summary() is not None:
-            lines.append(f"{job.name}: finished")
+            say(f"{job.name}: finished")
             continue
         recipe = job.name.rpartition("/")[0]
         if recipe not in steps:
@@ -109,19 +137,20 @@ def estimate(jobs: Sequence[Job]) -> tuple[str, bool]:
         step = steps[recipe]
         epochs = job.config.epochs - len(job.history())
         if step is None:
-            lines.append(f"{job.name}: {epochs} epochs, not measured")
+            say(f"{job.name}: {epochs} epochs, not measured")
             continue
         sizes = _sizes(job.config)
         batch = min(job.config.batch_size, sizes.train)  # as measured
         seconds = (sizes.train + EVALUATION * sizes.test) / batch * step
         total += epochs * seconds
-        lines.append(
+        say(
             f"{job.name}: {epochs} epochs of {seconds:.0f} s ({1000 * step:.0f} ms a step), "
             f"{duration(epochs * seconds)}"
         )
     complete = None not in steps.values()
     rest = "" if complete else ", without what was not measured"
-    return "\n".join([*lines, f"together {duration(total)}, one at a time{rest}"]), complete
+    say(f"together {duration(total)}, one at a time{rest}")
+    return complete
 
 
 def measure(job: Job) -> float | None:
@@ -130,6 +159,8 @@ def measure(job: Job) -> float | None:
     The steps are epochs of one batch each: metrics.jsonl has the time of every epoch.
     """
     sizes = _sizes(job.config)
+    recipe = job.name.rpartition("/")[0]
+    print(f"benchmarks.paper: measuring {MEASURED_STEPS} steps of {recipe}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         keys = job.config.model_dump(mode="json", by_alias=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,20 @@ def test_a_failing_training_ends_the_demo_with_its_last_line(
     assert message.count("\n") == 1
 
 
+def test_shows_how_far_the_trainings_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "PROGRESS_SECONDS", 0.01)
+    (tmp_path / "teacher.log").write_text("wrn\nepoch 1/24  test error\nepoch 2/24  test error\nstep 9/40\n")
+    said: list[str] = []
+    with demo.progress([tmp_path / "teacher", tmp_path / "student-0"], said.append):
+        deadline = time.monotonic() + 30
+        while len(said) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert all(re.fullmatch(r" +\d+ s: teacher epoch 2/24, student-0 starts", line) for line in said[:2])
+    count = len(said)
+    time.sleep(0.05)
+    assert len(said) == count, "it ends with the trainings"
+
+
 def test_recipes_differ_only_in_what_is_compared() -> None:
     from trainer.recipes import load_recipe
 
@@ -139,7 +155,10 @@ def test_recipes_differ_only_in_what_is_compared() -> None:
 
 
 @pytest.mark.slow
-def test_runs_from_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_runs_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "PROGRESS_SECONDS", 1.0)
     flags = ["--epochs", "1", "--limit-train", "32", "--limit-test", "40"]
     assert demo.main(["--output-dir", str(tmp_path / "demo"), "--seeds", "1", "--jobs", "2", *flags]) == 0
     assert {"report.md", "curves.png", "attention_maps.png"} <= {
@@ -148,3 +167,5 @@ def test_runs_from_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     output = capfd.readouterr().out
     assert "student with AT" in output
     assert "student-at-0" in output
+    assert output.startswith("digits: 1 teacher, 1 students alone, 1 with attention transfer; 2 at a time\n")
+    assert re.search(r"\d s: teacher (starts|epoch)", output)

@@ -403,6 +403,7 @@ def test_another_run_is_not_taken_for_a_result(tmp_path: Path, capsys: pytest.Ca
         ("table3 --teacher-checkpoint t.pt", "have table1/nin-wide, table1/nin-wide-rawpool: choose"),
         ("table2 --teacher-checkpoint t.pt --columns teacher", "the chosen cells have no teacher"),
         ("table1 --dry-run", "no folder cifar-10-batches-py"),
+        ("table1 --measure", "no folder cifar-10-batches-py"),
         ("table1 --set amp", "--set: expected KEY=VALUE, got 'amp'"),
         ("table1 --set seed=3", "--set: seed is given by the table or a flag of its own"),
         ("table1 --set data_dir=/x", "--set: data-dir is given by the table or a flag of its own"),
@@ -537,9 +538,10 @@ def test_estimate_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(paper_runs, "measure", measure)
     monkeypatch.setattr(paper_runs, "_sizes", lambda *key: paper_runs.Sizes(1280, 384, 10))
-    text, complete = paper_runs.estimate(own.jobs)
-    assert not complete
-    assert text.splitlines() == [
+    said: list[str] = []
+    assert not paper_runs.estimate(own.jobs, lambda line: said.append(f"{line} [{len(measured)}]"))
+    assert [int(line[-2]) for line in said] == [0, 1, 2, 2, 2, 2], "each line as soon as it is known"
+    assert [line[:-4] for line in said] == [
         f"{TEACHER}: finished",
         f"{STUDENT}: 6 epochs of 6 s (500 ms a step), 0 h 01 min",  # (1280 + 384 / 3) / 128 steps of 0.5 s
         f"table1/{ROW}/at/seed0: 12 epochs, not measured",
@@ -548,8 +550,27 @@ def test_estimate_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "together 0 h 02 min, one at a time, without what was not measured",
     ]
     assert measured == [STUDENT, f"table1/{ROW}/at/seed0"]  # once per recipe
-    assert paper_runs.estimate(own.jobs[:2])[1]
+    assert paper_runs.estimate(own.jobs[:2], said.append)
     assert paper_runs.duration(3600 * 25 + 59.9 * 60) == "26 h 00 min"
+
+
+def test_a_dry_run_lists_and_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(paper_runs, "measure", lambda job: pytest.fail("nobody asked for it"))
+    monkeypatch.setattr(paper_runs, "_sizes", lambda *key: paper_runs.Sizes(1280, 384, 10))
+    own = plan(tmp_path, columns=["student"])
+    finish(own.jobs[0], 10.0)
+    own.jobs[1].folder.mkdir(parents=True)
+    (own.jobs[1].folder / "metrics.jsonl").write_text('{"test_error": 50}\n' * 5)
+    words = f"table1 --schedule short --rows {ROW} --columns student --seeds 3 --dry-run".split()
+    assert paper.main([*words, "--data-dir", str(own.data_dir), "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{STUDENT}: finished",
+        "table1/wrn-16-1/seed1: 7 epochs (5 done)",
+        "table1/wrn-16-1/seed2: 12 epochs",
+        "3 runs, 2 to train; --measure estimates how long they take",
+    ]
 
 
 # --- training -----------------------------------------------------------------------------------------
@@ -657,7 +678,7 @@ def test_a_signal_stops_the_trainings_which_continue_later(
 def test_estimates_for_the_images_that_are_used(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--columns", "student", "--dry-run", "--set", "limit-train=512", "limit-test=384"]
+    words = ["--columns", "student", "--measure", "--set", "limit-train=512", "limit-test=384"]
     monkeypatch.setattr(paper_runs, "measure", lambda job: 30.0)
     assert call(tmp_path, *words) == 0  # (512 + 384 / 3) / 128 steps
     assert "1 epochs of 150 s (30000 ms a step)" in capsys.readouterr().out
