@@ -12,7 +12,7 @@ READY := $(VENV)/.at_fused-ready# made by a complete, ordinary install only: any
 TOOLS := $(VENV)/.tools-ready
 PARALLEL := -q -n auto --benchmark-disable --dist# and how to share the tests
 CODE := at_fused models trainer train.py benchmarks examples
-INPUTS := pyproject.toml setup.py at_fused/__init__.py $(shell find csrc -type f 2>/dev/null)
+INPUTS := pyproject.toml setup.py at_fused/__init__.py models/torchvision_compat.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test demo mini docs lint bench gpu sanitize soak clean
@@ -37,6 +37,7 @@ $(READY): $(INPUTS) | $(BIN)/python
 	@$(INSTALL) -v --no-build-isolation -e '.[train]' > $(VENV)/install.log 2>&1 \
 		|| { tail -n 30 $(VENV)/install.log; echo "[setup] failed; the whole log: $(VENV)/install.log"; exit 1; }
 	@sed -n 's/^ *\(at_fused: .*\)/[setup] \1/p' $(VENV)/install.log
+	@line=$$($(BIN)/python models/torchvision_compat.py) && { test -z "$$line" || echo "[setup] $$line"; }
 	@grep -q 'at_fused: installing without' $(VENV)/install.log || touch $@
 
 $(TOOLS): pyproject.toml | $(READY)

@@ -337,12 +337,40 @@ def test_nothing_is_declared_where_torchvisions_operators_load(tmp_path: Path, n
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").touch()
     (tmp_path / "torchvision" / name).symlink_to(loadable)
-    code = "from models import torchvision_compat; print(torchvision_compat._library)"
+    code = "from models import torchvision_compat; import torchvision; print(torchvision_compat._library)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert result.stdout.strip() == "None", result.stderr
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_an_environment_can_import_torchvision(needed: bool, tmp_path: Path) -> None:
+    """`make setup` leaves it in site-packages: no script in the environment has to know of it."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "torchvision").mkdir()
+    package = (
+        "import torch\nif not hasattr(torch.ops.torchvision, 'nms'): raise SystemExit('nothing declared')"
+    )
+    (tmp_path / "site" / "torchvision" / "__init__.py").write_text(package)
+    loadable = next((Path(torch.__file__).parent / "lib").glob("libc10.*"))
+    library = tmp_path / "site" / "torchvision" / "_C.so"
+    library.write_bytes(b"for another torch") if needed else library.symlink_to(loadable)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)])}
+    code = "import pathlib, sys; from models import torchvision_compat as compat\n"
+    code += "print(compat.install(pathlib.Path(sys.argv[1])))"
+    command = [sys.executable, "-c", code, tmp_path / "site"]
+    made = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert made.stdout == f"{needed}\n", made.stderr
+    assert (tmp_path / "site" / "at_fused_torchvision.pth").exists() is needed
+    if needed:
+        code = "import site, sys; site.addsitedir(sys.argv[1])\n"
+        code += "assert 'torch' not in sys.modules, 'no start of Python waits for torch'\nimport torchvision"
+        environment["PYTHONPATH"] = str(tmp_path / "site")
+        command = [sys.executable, "-c", code, tmp_path / "site"]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_registry_does_not_import_torchvision_by_itself() -> None:
