@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import pickletools
 import re
 import warnings
 import zipfile
@@ -38,14 +39,6 @@ class Inert:
     def __setstate__(self, state: Any) -> None:
         pass
 
-
-# What checkpoints hold beside the weights even in files older than torch 1.6's, which can't be listed.
-_BESIDE = (
-    "argparse.Namespace",
-    "numpy.dtype",
-    "numpy.ndarray",
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-)
 
 _PLAIN: dict[str, Callable[..., Any]] = {  # containers that are filled after they are made
     "collections.defaultdict": lambda *_: {},
@@ -196,11 +189,20 @@ def _keys(content: Collection[Any]) -> str:
 
 
 def _inert(path: str | Path) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """A class that does nothing for each that the file names and torch does not know."""
-    names = set(_BESIDE)
+    """A class that does nothing for each that the file names and torch does not know (its own come first)."""
     if zipfile.is_zipfile(path):
-        names.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    else:
+        names = _globals(path)
     return [(_PLAIN.get(name) or type(name, (Inert,), {}), name) for name in sorted(names)]
+
+
+def _globals(path: str | Path) -> set[str]:
+    """Classes and functions named in a file from before torch 1.6, which begins with five pickles."""
+    with open(path, "rb") as file:
+        steps = (step for _ in range(5) for step in pickletools.genops(file))
+        names = {str(name).replace(" ", ".") for step, name, _ in steps if step.name == "GLOBAL"}
+    return {name.replace("__builtin__.", "builtins.") for name in names}  # Python 2's name, as torch maps it
 
 
 def _is_safetensors(path: str | Path) -> bool:
