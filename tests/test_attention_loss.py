@@ -97,6 +97,21 @@ def test_shapes(shape: tuple[int, ...], mapping: str, backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("mapping, p", [("sum", 2), ("sum", 1), ("sum", 2.5), ("max", 2)])
+@pytest.mark.parametrize("shape", [(3, 16, 7, 7), (2, 72, 7, 7), (2, 20, 5, 5), (4, 8, 3, 1)], ids=str)
+def test_maps_too_small_for_aligned_rows(
+    shape: tuple[int, ...], mapping: str, p: float, backend: str
+) -> None:
+    """Channels-first, 49 positions are no multiple of a vector: backends fold several channels into a row.
+    A few values only: several channels of a row are the strongest, and the first of them counts."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for layout in (Tensor.contiguous, lambda x: torch.cat([x, x], 1)[:, : shape[1]], cases.misaligned):
+            s, t = pair(shape, 8, dtype=dtype, device=cases.device_of(backend))
+            s, t = (layout((2 * x.detach()).round() / 2).requires_grad_() for x in (s, t))
+            check_loss([s], [t], p, mapping=mapping, backend=backend, upstream=256.0)
+
+
+@each_backend
 @pytest.mark.parametrize("distance", ["mse", "norm"])
 def test_a_map_of_one_value(distance: str, backend: str) -> None:
     """Unnormalised: any other is 1 everywhere, and its loss 0."""

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -48,8 +49,8 @@ class Launch:
         self.kernel, self.at, self.programs = kernel, at, programs
         self.arguments, self.constants = arguments, constants
 
-    def compile(self, architecture: int) -> Any:
-        """The kernel as the launch would compile it, for a GPU of this architecture."""
+    def compile(self, architecture: int | str) -> Any:
+        """The kernel as the launch would compile it: for NVIDIA's 80, 90, ..., or AMD's "gfx942", ..."""
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
@@ -77,7 +78,9 @@ class Launch:
         for name, value in zip(names, self.arguments, strict=True):
             signature[name] = type_of(value, (function.arg_names.index(name),))
         source = ASTSource(function, signature, constexprs=constants, attrs=divisible)
-        return triton.compile(source, GPUTarget("cuda", architecture, 32), options=backend._OPTIONS)
+        amd = isinstance(architecture, str)
+        target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", architecture, 32)
+        return triton.compile(source, target, options=backend.options(target.backend))
 
 
 @pytest.fixture
@@ -109,6 +112,7 @@ def every_kind() -> list[Tensor]:
             feature(3, 64, 16, 16, **options),
             feature(3, 64, 16, 16, **options | {"layout": cases.channels_last}),
             feature(3, 33, 7, 7, **options),
+            feature(3, 40, 7, 7, **options),
         ]
     feats += [feature(3, 33, 7, 7, layout=cases.channels_last), feature(3, 6, 5, 4, layout=cases.sliced)]
     return [feat.detach() for feat in feats]
@@ -130,7 +134,7 @@ EXPONENTS = [(1, "sum"), (2, "sum"), (4, "sum"), (3, "sum"), (2.5, "sum"), (2, "
 def test_every_specialisation_compiles_without_spilling(
     p: float, mapping: str, architecture: int, launches: list[Launch], tmp_path: Path
 ) -> None:
-    """A launch for each dtype: one of all 15 kinds, which no call has, keeps 8 bytes on the stack."""
+    """A launch for each dtype: one of all 19 kinds, which no call has, keeps 8 bytes on the stack."""
     for dtype in cases.DTYPES:
         feats = [feat for feat in every_kind() if feat.dtype == dtype]
         maps = backend.attention_maps(feats, p, mapping)
@@ -176,7 +180,10 @@ def global_accesses(binary: Any) -> list[tuple[str, int]]:
         ((3, 24, 14, 14), cases.channels_first, torch.float32, 128),
         ((3, 256, 14, 14), Tensor.contiguous, torch.bfloat16, 64),  # rows begin at multiples of 8 bytes
         ((3, 40, 7, 7), cases.channels_last, torch.float16, 128),
-        ((3, 512, 7, 7), Tensor.contiguous, torch.float16, 16),  # and here of 2
+        *[((3, 512, 7, 7), Tensor.contiguous, dtype, 128) for dtype in cases.DTYPES],  # folded
+        ((3, 40, 7, 7), Tensor.contiguous, torch.bfloat16, 128),
+        ((3, 36, 7, 7), Tensor.contiguous, torch.bfloat16, 16),  # no multiple of 8 channels: begin anywhere
+        ((3, 512, 6, 6), Tensor.contiguous, torch.float16, 128),
     ],
     ids=cases.name_of,
 )
@@ -197,6 +204,13 @@ def test_accesses_are_as_wide_as_the_layout_allows(
     assert {width for kind, width in gradients if kind == "st"} == {bits}
     # Backward also loads the map's gradient, whose width is its own.
     assert {width for kind, width in gradients if kind == "ld"} <= {bits, element, 4 * element, 128}
+    # As often as the tile asks for, and no more: 128 threads, each its part of the elements.
+    kind, width = layout_of(feat).kind, bits // 8 // dtype.itemsize
+    assert (
+        maps.count(("ld", bits))
+        == gradients.count(("st", bits))
+        == -(-kind.block_c * kind.block_p // (128 * width))
+    )
 
 
 # --- launches ---------------------------------------------------------------------------------------
@@ -273,12 +287,87 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPa
             return lambda *a, **k: launched.append((grid, *current))
 
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(backend, "_target", lambda: "cuda")
     for name in ("maps_kernel", "loss_kernel", "gradients_kernel"):
         monkeypatch.setattr(_triton_kernels, name, Kernel())
     feat = feature(2, 4, 3, 3).detach()
     _, slopes, _ = backend.attention_loss([feat], [feat], [1.0], 2, "sum", 1e-12, True, True, False, False)
     backend.attention_maps_backward([feat], slopes, None, 2, "sum")
     assert launched == [((4,), feat.device), ((2,), feat.device), ((2,), feat.device)]
+
+
+# --- GPUs that are not NVIDIA's ---------------------------------------------------------------------
+
+
+@compiles
+@pytest.mark.parametrize("target, device", [("cuda", "cuda:1"), ("hip", "cuda:1"), ("xpu", "xpu:1")])
+def test_options_are_those_of_the_target(target: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's builds for ROCm and XPU refuse `maxnreg`; torch's for XPU has no CUDA device to choose."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from at_fused.backends import _triton_kernels
+
+    entered: list[tuple[str, torch.device]] = []
+    for module in ("cuda", "xpu"):
+
+        @contextmanager
+        def enter(which: torch.device, module: str = module) -> Iterator[None]:
+            entered.append((module, which))
+            yield
+
+        monkeypatch.setattr(getattr(torch, module), "device", enter)
+
+    class Driver:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget(target, 90, 32)
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            return lambda *arguments, **options: passed.append(options)
+
+    passed: list[dict[str, Any]] = []
+    monkeypatch.setattr(_triton_kernels, "maps_kernel", Kernel())
+    monkeypatch.setattr(driver, "_active", Driver())
+    backend._target.cache_clear()
+    try:
+        backend._launch("maps_kernel", SimpleNamespace(device=torch.device(device)), 3)
+    finally:
+        backend._target.cache_clear()
+    assert entered == [(device.split(":")[0], torch.device(device))]
+    assert passed == [backend.options(target)]
+    assert ("maxnreg" in passed[0]) == (target == "cuda")
+
+
+@compiles
+@pytest.mark.parametrize("target, architecture", [("cuda", 90), ("hip", "gfx942")])
+def test_triton_knows_every_option(target: str, architecture: int | str) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    known = make_backend(GPUTarget(target, architecture, 32)).parse_options({})
+    assert all(hasattr(known, name) for name in backend.options(target))
+    assert hasattr(known, "maxnreg") == (target == "cuda")
+
+
+@compiles
+@pytest.mark.slow
+def test_kernels_compile_for_amd(launches: list[Launch]) -> None:
+    feats = [feat for feat in every_kind() if feat.dtype in (torch.bfloat16, torch.float32)]
+    for mapping in ("sum", "max"):
+        options = (2.0, mapping, 1e-12, True, True, False, False)
+        backend.attention_loss(feats, feats, [1.0] * len(feats), *options)
+        backend.attention_maps_backward(feats, [backend.empty_map(x) for x in feats], None, 2.0, mapping)
+    for launch in launches:
+        assert launch.compile("gfx942").asm["hsaco"]
+
+
+def test_tensors_of_gpus_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
+    for device in ("cuda", "xpu"):
+        feat = SimpleNamespace(device=torch.device(device))
+        assert backend.unsupported([feat], 2, "sum") is None
+    assert "not cpu" in backend.unsupported([torch.ones(1, 1, 1)], 2, "sum")
 
 
 # --- layouts ----------------------------------------------------------------------------------------

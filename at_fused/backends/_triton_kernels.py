@@ -30,6 +30,9 @@ class Kind(NamedTuple):
     wide: int  # 1 where offsets within a sample need 64 bits, else 0
     block_c: int  # channels and
     block_p: int  # positions of a tile
+    folded: (
+        int  # channels that follow one another in a row of positions (`triton._channels_of_a_row`), else 1
+    )
 
 
 @triton.jit
@@ -126,6 +129,20 @@ def _of_map(attention, sample, position, inner_sizes):
     return first + _in_space(position, inner_sizes, attention[2], 1, 1)
 
 
+# --- folded features ----------------------------------------------------------------------------------
+#
+# A row of a folded feature holds some channels, each with all positions of the map: a tile has whole rows.
+
+
+@triton.jit
+def _unfold(row, positions, FOLDED: tl.constexpr):
+    """The channels (FOLDED, block) of a row; what lies beyond the positions is of no meaning."""
+    BLOCK: tl.constexpr = row.shape[0] // FOLDED
+    first = tl.arange(0, FOLDED)[:, None] * positions
+    index = first + tl.arange(0, BLOCK)[None, :]
+    return tl.reshape(tl.gather(row, tl.reshape(index, [FOLDED * BLOCK]), 0), [FOLDED, BLOCK])
+
+
 # --- raw maps ---------------------------------------------------------------------------------------
 
 
@@ -149,6 +166,7 @@ def _map_tile(
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):
     dtype: tl.constexpr = tl.float64 if feat[0].dtype.element_ty == tl.float64 else tl.float32
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
@@ -170,10 +188,13 @@ def _map_tile(
             joined = tl.maximum(joined, _order(x))
         else:
             joined += _abs_power(x, WHOLE, FRACTION)
-    if MAX:
-        result = _abs_power(tl.max(joined, 0).to(dtype, bitcast=True), WHOLE, FRACTION)
-    else:
-        result = tl.sum(joined, 0)
+    joined = tl.max(joined, 0) if MAX else tl.sum(joined, 0)
+    if FOLDED > 1:
+        positions //= FOLDED
+        position = tl.arange(0, BLOCK_P // FOLDED).to(index)
+        joined = _unfold(joined, positions, FOLDED)
+        joined = tl.max(joined, 0) if MAX else tl.sum(joined, 0)
+    result = _abs_power(joined.to(dtype, bitcast=True), WHOLE, FRACTION) if MAX else joined
     tl.store(_of_map(attention, sample, position, grid[3]), result, position < positions)
 
 
@@ -208,6 +229,7 @@ def maps_kernel(
                 KINDS[i][2],
                 KINDS[i][3],
                 KINDS[i][4],
+                KINDS[i][5],
             )
         program -= _count(grids[i][0])
 
@@ -232,6 +254,7 @@ def _gradient_tile(
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):
     dtype: tl.constexpr = tl.float64 if feat[0].dtype.element_ty == tl.float64 else tl.float32
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
@@ -244,7 +267,9 @@ def _gradient_tile(
     grad_rows = _rows(grad, sample, position, grid[3], PV, CV)
     if addend is not None:
         addend_rows = _rows((addend, grad[1], grad[2], grad[3]), sample, position, grid[3], PV, CV)
-    at_map = tl.load(_of_map(slope, sample, position, grid[3]), position < positions, 0).to(dtype)
+    # Not always a remainder, which would hide from the compiler that positions are neighbours.
+    on_map = position % (positions // FOLDED) if FOLDED > 1 else position
+    at_map = tl.load(_of_map(slope, sample, on_map, grid[3]), position < positions, 0).to(dtype)
     at_map = (at_map * (factor.to(dtype) * tl.full((), WHOLE + FRACTION, dtype)))[None, :]
 
     if MAX:
@@ -258,19 +283,28 @@ def _gradient_tile(
             order = tl.where(there, _order(x), -1)
             where = tl.where(order > strongest, channel, where)
             strongest = tl.maximum(strongest, order)
-        peak = tl.max(strongest, 0)[None, :]
-        winner = tl.min(tl.where(strongest == peak, where, channels), 0)[None, :]
+        peak = tl.max(strongest, 0)
+        winner = tl.min(tl.where(strongest == peak[None, :], where, channels), 0)
+        if FOLDED > 1:
+            peaks = _unfold(peak, positions // FOLDED, FOLDED)
+            winners = _unfold(winner, positions // FOLDED, FOLDED) * FOLDED
+            winners += tl.arange(0, FOLDED).to(index)[:, None]
+            winners = tl.where(peaks == tl.max(peaks, 0)[None, :], winners, channels * FOLDED)
+            winner = tl.gather(tl.min(winners, 0), on_map, 0)
 
     for first in range(0, channels, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C).to(index)[:, None]
         there = (position < positions)[None, :] & (channel < channels)
         x = tl.load(rows + channel * channel_stride, there, 0).to(dtype)
+        offset = channel * grad_channel_stride
         result = at_map * _abs_power_slope(x, WHOLE, FRACTION)
         if MAX:
-            result = tl.where(channel == winner, result, 0)
+            if FOLDED > 1:
+                channel = channel * FOLDED + (position // (positions // FOLDED))[None, :]
+            result = tl.where(channel == winner[None, :], result, 0)
         if addend is not None:
-            result += tl.load(addend_rows + channel * grad_channel_stride, there, 0).to(dtype)
-        tl.store(grad_rows + channel * grad_channel_stride, _rounded(result, grad[0].dtype.element_ty), there)
+            result += tl.load(addend_rows + offset, there, 0).to(dtype)
+        tl.store(grad_rows + offset, _rounded(result, grad[0].dtype.element_ty), there)
 
 
 @triton.jit(do_not_specialize=["scale_stride"])
@@ -309,6 +343,7 @@ def gradients_kernel(
                 KINDS[i][2],
                 KINDS[i][3],
                 KINDS[i][4],
+                KINDS[i][5],
             )
         program -= _count(grids[i][0])
 

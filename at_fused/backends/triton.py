@@ -34,7 +34,7 @@ def unavailable() -> str | None:
         return "Triton is not installed (pip install triton)"
     if _version() < _OLDEST:
         return f"it needs Triton {'.'.join(map(str, _OLDEST))} or newer, which torch 2.10 brings"
-    if not _INTERPRETED and torch.cuda.device_count() == 0:
+    if not _INTERPRETED and torch.cuda.device_count() == 0 and torch.xpu.device_count() == 0:
         return "there is no GPU (TRITON_INTERPRET=1 would run it on the CPU, slowly)"
     return None
 
@@ -48,10 +48,10 @@ def _version() -> tuple[int, ...]:
 
 
 def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:
-    served = "cpu" if _INTERPRETED else "cuda"
+    served = ("cpu",) if _INTERPRETED else ("cuda", "xpu")  # ROCm's devices are called cuda, too
     for feat in feats:
-        if feat.device.type != served:
-            return f"it serves {served} tensors, not {feat.device.type}"
+        if feat.device.type not in served:
+            return f"it serves {' and '.join(served)} tensors, not {feat.device.type}"
     return None
 
 
@@ -173,12 +173,29 @@ def _launch(kernel: str, at: Tensor, programs: int, *arguments: Any, **constants
         return
     from . import _triton_kernels  # imports Triton: only where it is used
 
-    with _interpreter if _INTERPRETED else torch.cuda.device(at.device):
-        getattr(_triton_kernels, kernel)[(programs,)](*arguments, **constants, **_OPTIONS)
+    function = getattr(_triton_kernels, kernel)[(programs,)]
+    if _INTERPRETED:
+        with _interpreter:
+            function(*arguments, **constants)
+        return
+    with (torch.xpu if at.device.type == "xpu" else torch.cuda).device(at.device):
+        function(*arguments, **constants, **options(_target()))
 
 
-# Left to itself, the assembler keeps to 96 registers or fewer, and spills 8 bytes of some kernels for that.
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True, "maxnreg": 128}
+def options(target: str) -> dict[str, Any]:
+    """How to compile for Triton's target "cuda", "hip" (ROCm) or "xpu"; only the first takes `maxnreg`."""
+    common = {"num_warps": 4, "enable_fp_fusion": True}
+    # Left to itself, NVIDIA's assembler keeps to 96 registers or fewer, and spills 8 bytes of some kernels.
+    return common | {"maxnreg": 128} if target == "cuda" else common
+
+
+@functools.cache
+def _target() -> str:
+    """What Triton compiles for in this process."""
+    from triton.runtime import driver
+
+    target: str = driver.active.get_current_target().backend
+    return target
 
 
 def disguised(count: int) -> int:
@@ -251,6 +268,14 @@ def _layout(
         strides[1] if channels > 1 else 0 for strides in (feat_strides, grad_strides)
     )
 
+    folded = 1
+    if feat_space == grad_space == (1,) and feat_channel == grad_channel == positions:
+        folded = _channels_of_a_row(dtype, channels, positions, math.gcd(feat_batch, grad_batch))
+    if folded > 1:
+        channels //= folded
+        positions = feat_channel = grad_channel = positions * folded
+        sizes = (positions,)
+
     # Vectors of channels (NHWC) or of positions (NCHW), such that every row starts at a multiple of theirs.
     position_vector = channel_vector = 1
     if feat_channel == grad_channel == 1:
@@ -263,7 +288,9 @@ def _layout(
         sum((size - 1) * stride for size, stride in zip((channels, *sizes), strides, strict=True))
         for strides in ((feat_channel, *feat_space), (0, *map_space), (grad_channel, *grad_space))
     ]
-    block_c, block_p = _tile(channels, positions, dtype, position_vector, channel_vector, mapping)
+    vector = max(position_vector, channel_vector)
+    row = _WHOLE_MAP * folded if folded > 1 or position_vector == 1 else 2 * _WHOLE_MAP
+    block_c, block_p = _tile(channels, positions, dtype, vector, row, mapping)
     programs = batch * -(-positions // block_p)
     return Layout(
         programs,
@@ -271,22 +298,31 @@ def _layout(
         (feat_batch, feat_channel, feat_space),
         (map_batch, map_space),
         (grad_batch, grad_channel, grad_space),
-        Kind(position_vector, channel_vector, int(max(*last, positions) >= 2**31), block_c, block_p),
+        Kind(position_vector, channel_vector, int(max(*last, positions) >= 2**31), block_c, block_p, folded),
     )
 
 
 _VECTOR = 16  # elements: 16 bytes of the narrowest dtype, and to spare
+_WHOLE_MAP = 64  # positions that one program takes in any case
+
+
+def _channels_of_a_row(dtype: torch.dtype, channels: int, positions: int, batch_stride: int) -> int:
+    """How many channels of a dense channels-first feature to take as one row, so that every row begins at a
+    multiple of 16 bytes: 8 of 7x7 positions in bf16. 1 where that is impossible, or no help."""
+    vector = 16 // dtype.itemsize
+    folded = vector // math.gcd(vector, positions)
+    fits = 1 < positions <= _WHOLE_MAP and channels % folded == 0 and batch_stride % vector == 0
+    return folded if fits else 1
 
 
 def _tile(
-    channels: int, positions: int, dtype: torch.dtype, position_vector: int, channel_vector: int, mapping: str
+    channels: int, positions: int, dtype: torch.dtype, vector: int, row: int, mapping: str
 ) -> tuple[int, int]:
-    """Channels and positions of a tile: what 128 threads hold in registers, in rows of 128 bytes or more."""
-    if dtype == torch.float64 or max(position_vector, channel_vector) < 4:
+    """Channels and positions of a tile: what 128 threads hold in registers, `row` positions side by side."""
+    elements = 4096 if mapping == "sum" else 2048  # max keeps the strongest channels as well
+    if dtype == torch.float64 or vector < 4:
         elements = 1024  # addresses of single elements take registers, too
-    else:
-        elements = 4096 if mapping == "sum" else 2048  # max keeps the strongest channels as well
-    block_c = _block(channels, elements // _block(positions, 128 if position_vector > 1 else 64))
+    block_c = _block(channels, elements // _block(positions, row))
     block_p = _block(positions, elements // block_c)
     return block_c, block_p
 

@@ -70,7 +70,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, Any]]]
     def listener(programs: int, threads: int, parameters: Any) -> None:
         kernel, wanted_programs, leaves = asked.pop()
         arrived = [ctypes.cast(parameters[i], ctypes.POINTER(kind))[0] for i, (kind, _) in enumerate(leaves)]
-        wanted = kernel, wanted_programs, 32 * backend._OPTIONS["num_warps"], [value for _, value in leaves]
+        wanted = (
+            kernel,
+            wanted_programs,
+            32 * backend.options("cuda")["num_warps"],
+            [value for _, value in leaves],
+        )
         recorded.append((wanted, (kernel, programs, threads, arrived)))
 
     driver = ctypes.CDLL("libcuda.so.1")
@@ -81,7 +86,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, Any]]]
     assert not asked, "asked for, and not launched"
 
 
-@pytest.mark.parametrize("p, mapping, reduce, kinds", [(2, "sum", True, 15), (2.5, "max", False, 3)])
+@pytest.mark.parametrize("p, mapping, reduce, kinds", [(2, "sum", True, 19), (2.5, "max", False, 3)])
 def test_kernels_get_what_the_backend_passes(
     p: float, mapping: str, reduce: bool, kinds: int, launches: list
 ) -> None:
