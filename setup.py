@@ -8,19 +8,22 @@ kernels are built where torch was built for CUDA and there is nvcc.
 AT_FUSED_NO_EXTENSION=1       do not build
 AT_FUSED_REQUIRE_EXTENSION=1  fail where the build is impossible or breaks
 AT_FUSED_CUDA=0, 1            never build the CUDA kernels; build them for a torch without CUDA, too
+AT_FUSED_CPU=0                never build the CPU kernels
 AT_FUSED_SANITIZE=address,undefined   build with these sanitizers, into the wheel only (make sanitize)
 TORCH_CUDA_ARCH_LIST=list     GPU architectures, as torch's own extensions take them: "8.0;9.0a;10.0+PTX"
 MAX_JOBS=n                    parallel compilations
 """
 
+import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import setuptools
 from setuptools import Extension, setup
@@ -69,22 +72,70 @@ def wants_cuda() -> bool:
     return is_set("AT_FUSED_CUDA") if "AT_FUSED_CUDA" in os.environ else torch.version.cuda is not None
 
 
-def cuda_toolkit() -> Path | None:
-    """The folder of a CUDA toolkit with nvcc and headers."""
-    nvcc = shutil.which("nvcc")  # may be a script that leads to the real one
-    on_path = Path(nvcc).resolve().parents[1] if nvcc else ""
-    for place in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), on_path, "/usr/local/cuda"):
-        if place and Path(place, "bin/nvcc").exists() and Path(place, "include/cuda_runtime.h").exists():
-            return Path(place)
+class Toolkit(NamedTuple):
+    """A CUDA toolkit with nvcc (home/bin), headers and libraries."""
+
+    home: Path
+    include: Path
+    libraries: list[Path]
+
+    def ask(self, option: str) -> str:
+        """What its nvcc prints."""
+        return subprocess.run([self.home / "bin/nvcc", option], capture_output=True, text=True).stdout
+
+
+# Where a toolkit has a machine's headers and libraries; conda's has them nowhere else.
+TARGETS = {"x86_64": ["targets/x86_64-linux"], "aarch64": ["targets/sbsa-linux", "targets/aarch64-linux"]}
+
+
+def cuda_toolkit() -> Toolkit | None:
+    """The first complete toolkit of CUDA_HOME, CUDA_PATH, the nvcc on the PATH and /usr/local/cuda."""
+    nvcc = shutil.which("nvcc")  # may be a link or a script that leads to the real one
+    on_path = [Path(nvcc).resolve().parents[1], Path(nvcc).parents[1]] if nvcc else []
+    named = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for home in map(Path, [*named, *on_path, "/usr/local/cuda"]):
+        roots = [home, *(home / target for target in TARGETS.get(platform.machine(), []))]
+        for root in roots if (home / "bin/nvcc").exists() else []:
+            if (root / "include/cuda_runtime.h").exists():
+                libraries = [root / "lib64", root / "lib", home / "lib"]
+                return Toolkit(home, root / "include", libraries)
     return None
 
 
-def default_architectures(toolkit: Path) -> str:
-    """Ampere (and Ada), Hopper, Blackwell, and code that later GPUs compile for themselves."""
-    version = subprocess.run([toolkit / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"release (\d+)\.(\d+)", version)
-    knows_blackwell = found is not None and (int(found[1]), int(found[2])) >= (12, 8)
-    return "8.0;9.0a;10.0+PTX" if knows_blackwell else "8.0;9.0+PTX"
+def mismatch(toolkit: Toolkit) -> str | None:
+    """Why the toolkit can't build for this torch: torch refuses a CUDA of another major version."""
+    import torch
+
+    found = re.search(r"release ((\d+)[.\d]*)", toolkit.ask("--version"))
+    if found is None or torch.version.cuda is None or torch.version.cuda.split(".")[0] == found[2]:
+        return None
+    return (
+        f"nvcc in {toolkit.home} is CUDA {found[1]} and torch {torch.__version__} is built for CUDA "
+        f"{torch.version.cuda}: install a toolkit of torch's major version, or set CUDA_HOME to one"
+    )
+
+
+def default_architectures(toolkit: Toolkit) -> str:
+    """Turing, Ampere (and Ada), Hopper and Blackwell, as far as nvcc knows them.
+
+    Later GPUs compile code for themselves: that of 10.0, since 12.0's is of no use to 11.0.
+    """
+    known = toolkit.ask("--list-gpu-code").split()
+    turing = "7.5;" if "sm_75" in known else ""
+    return turing + ("8.0;9.0a;10.0+PTX;12.0" if "sm_120" in known else "8.0;9.0+PTX")
+
+
+def build_id(architectures: str) -> str:
+    """Of the CUDA library, in hexadecimal: the same for the same sources and architectures."""
+    summary = hashlib.blake2b(architectures.encode(), digest_size=20)
+    for path in sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.*"), ROOT / "setup.py"]):
+        summary.update(f"{path.name}\n".encode() + path.read_bytes())
+    return summary.hexdigest()
+
+
+def is_current(library: Path, architectures: str) -> bool:
+    """Whether the CUDA library was built from these sources, on whatever machine."""
+    return library.exists() and bytes.fromhex(build_id(architectures)) in library.read_bytes()
 
 
 class BuildLibraries(build_ext):
@@ -104,6 +155,9 @@ class BuildLibraries(build_ext):
         for library in list(self.extensions):
             if library.name == "at_fused._cuda" and not self.can_build_cuda(library):
                 continue
+            if library.name == "at_fused._cpu" and os.environ.get("AT_FUSED_CPU") == "0":
+                self.forget(library)
+                continue
             try:
                 self.compile(library)
             except Exception as error:
@@ -120,8 +174,13 @@ class BuildLibraries(build_ext):
     def can_build_cuda(self, library: Extension) -> bool:
         """Whether the CUDA library can be built and is wanted; forgets it otherwise."""
         if wants_cuda() and not is_set("AT_FUSED_SANITIZE"):
-            if cuda_toolkit():
-                return True
+            if toolkit := cuda_toolkit():
+                obstacle = mismatch(toolkit)
+                if obstacle and (is_set("AT_FUSED_CUDA") or is_set("AT_FUSED_REQUIRE_EXTENSION")):
+                    raise SystemExit(f"at_fused: {obstacle}")
+                if obstacle:
+                    self.leave_out(obstacle, library)
+                return obstacle is None
             if is_set("AT_FUSED_CUDA"):
                 raise SystemExit(
                     "at_fused: AT_FUSED_CUDA is set and there is no nvcc: install a CUDA toolkit"
@@ -161,11 +220,12 @@ class BuildLibraries(build_ext):
         options["extra_link_args"] = [f"-fsanitize={sanitizers}"] if sanitizers else []
         if library.name == "at_fused._cuda":
             toolkit = cuda_toolkit()
-            cpp_extension.CUDA_HOME = str(toolkit)  # a torch without CUDA looks for none
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(toolkit))
-            options["include_dirs"].append(str(toolkit / "include"))
+            cpp_extension.CUDA_HOME = str(toolkit.home)  # a torch without CUDA looks for none
+            architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(toolkit))
+            options["include_dirs"].append(str(toolkit.include))
+            options["extra_link_args"] += [f"-Wl,--build-id=0x{build_id(architectures)}"]
             # The runtime is linked in and not exported: one binary serves the torch of any CUDA release.
-            options["library_dirs"] = [str(toolkit / folder) for folder in ("lib64", "lib")]
+            options["library_dirs"] = [str(folder) for folder in toolkit.libraries]
             options["libraries"] = ["cudart_static", "dl", "rt", "pthread"]
             # libtorch.so, of which nothing is used, leads the loader to libtorch_cuda.so.
             options["extra_link_args"] += ["-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed", "-ltorch"]
@@ -220,4 +280,5 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", platform if self.distribution.has_ext_modules() else "any"
 
 
-setup(ext_modules=libraries(), cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel})
+if __name__ == "__main__":
+    setup(ext_modules=libraries(), cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel})
