@@ -83,10 +83,13 @@ bench: setup ## time the loss and the training step against eager and torch.comp
 RESULTS ?= runs/gpu
 BUDGET_S ?=
 CIFAR ?=
-gpu: ## build, test and measure on a GPU, in pieces; again to go on: make gpu RESULTS=DIR BUDGET_S=560
+ARCHIVE ?=
+WHEELS ?=
+gpu: ## measure and test on a GPU, in pieces; again to go on: make gpu RESULTS=DIR BUDGET_S=560
 	@$(PYTHON) -c 'import torch' 2> /dev/null || { echo "[gpu] $(PYTHON) has no torch: make gpu PYTHON=..."; exit 1; }
 	@$(PYTHON) -m benchmarks.gpu --results "$(RESULTS)" \
-		$(if $(BUDGET_S),--budget $(BUDGET_S)) $(if $(CIFAR),--cifar "$(CIFAR)")
+		$(if $(BUDGET_S),--budget $(BUDGET_S)) $(if $(CIFAR),--cifar "$(CIFAR)") \
+		$(if $(ARCHIVE),--archive "$(ARCHIVE)") $(if $(WHEELS),--wheels "$(WHEELS)")
 
 # The sanitized package lies in a folder of its own; pytest (unlike python -m pytest) imports it from there.
 SANITIZED := build/sanitized

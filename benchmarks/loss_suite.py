@@ -91,6 +91,7 @@ def _measure(
                 "gb_per_s": moved / mine.median / 1e9,
                 "percent_of_copy": moved / mine.median / bandwidth * 100,
                 "copy_gb_per_s": bandwidth / 1e9,
+                "error": subject.error,
                 "launches": None,
                 "launches_expected": provider.expected_launches(mode),
                 "peak_extra_bytes": None,

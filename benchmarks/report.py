@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import platform
@@ -68,12 +69,29 @@ def markdown(title: str, machine: dict[str, Any] | None, tables: Sequence[Table]
 def write(folder: Path, stem: str, page: str, rows: Sequence[Row], everything: dict[str, Any]) -> None:
     """Leaves stem.md, stem.csv and stem.json in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.md").write_text(page, encoding="utf-8")
-    (folder / f"{stem}.json").write_text(json.dumps(everything | {"rows": list(rows)}, indent=2) + "\n")
-    with (folder / f"{stem}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+    write_page(folder / f"{stem}.md", page)
+    write_page(folder / f"{stem}.json", json.dumps(everything | {"rows": list(rows)}, indent=2) + "\n")
+    with io.StringIO(newline="") as text:
+        writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+        write_page(folder / f"{stem}.csv", text.getvalue())
+
+
+def write_page(path: Path, text: str) -> None:
+    """Replaces the file in one step: whoever is killed leaves the old text or the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", newline="")
+    partial.replace(path)
+
+
+def read(folder: Path, stem: str) -> dict[str, Any]:
+    """What `write` left in stem.json; empty where there is no such file."""
+    try:
+        content: dict[str, Any] = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return content
 
 
 def _cpu_model() -> str:

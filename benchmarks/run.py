@@ -41,6 +41,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="another batch size than the real one")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--quick", action="store_true", help="tiny batches, few rounds: does it run at all?")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the cells in --out, measure the others (loss, memory, scaling)",
+    )
     loss = parser.add_argument_group("suites loss, memory and scaling; defaults are the device's own")
     loss.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), help="(cpu: two; cuda: all)")
     loss.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
@@ -103,18 +108,30 @@ def progress(cell: Cell, providers: Sequence[Provider]) -> None:
     print(f"{cell.name}, batch {cell.batch}: {', '.join(names)}", flush=True)
 
 
+def kept_rows(options: argparse.Namespace, stem: str) -> list[Row]:
+    """The rows of an earlier run that --resume goes on with. They are written cell by cell."""
+    rows: list[Row] = report.read(options.out, stem).get("rows", []) if options.resume else []
+    return rows
+
+
+def missing(cells: Sequence[Cell], rows: Sequence[Row]) -> list[Cell]:
+    there = {(row["cell"], row["batch"]) for row in rows}
+    return [cell for cell in cells if (cell.name, cell.batch) not in there]
+
+
 def run_loss(options: argparse.Namespace, device: torch.device) -> str:
     providers = select_providers(options.providers, device)
     machine = report.describe_machine(device)
-    rows: list[Row] = []
-    page = ""
-    for cell in cells_of(options, device):
+    rows = kept_rows(options, f"loss-{device.type}")
+    page = write_loss(options.out, device.type, machine, rows) if rows else ""
+    for cell in missing(cells_of(options, device), rows):
         progress(cell, providers)
         rows += loss_suite.measure_cell(
             cell, providers, device, options.rounds, modes=options.modes, timings=options.timings
         )
         page = write_loss(options.out, device.type, machine, rows)  # each time: what is measured is kept
-    draw_loss(options.out, device.type, rows)
+    if device.type == "cpu":  # elsewhere it only costs the device's time: benchmarks.gpu draws at the end
+        draw_loss(options.out, device.type, rows)
     return page
 
 
@@ -136,14 +153,15 @@ def draw_loss(folder: Path, device_type: str, rows: Sequence[Row]) -> None:
 
 def run_memory(options: argparse.Namespace, device: torch.device) -> str:
     providers = select_providers(options.providers, device)
-    rows: list[Row] = []
-    for cell in cells_of(options, device):
+    machine = report.describe_machine(device)
+    stem = f"memory-{device.type}"
+    rows = kept_rows(options, stem)
+    for cell in missing(cells_of(options, device), rows):
         progress(cell, providers)
         rows += memory_suite.measure_cell(cell, providers, device)
-    machine = report.describe_machine(device)
-    page = report.markdown("Memory of forward and backward", machine, [memory_suite.table(rows)])
-    report.write(options.out, f"memory-{device.type}", page, rows, {"machine": machine})
-    return page
+        page = report.markdown("Memory of forward and backward", machine, [memory_suite.table(rows)])
+        report.write(options.out, stem, page, rows, {"machine": machine})
+    return (options.out / f"{stem}.md").read_text(encoding="utf-8")
 
 
 def run_scaling(options: argparse.Namespace, device: torch.device) -> str:
@@ -152,22 +170,27 @@ def run_scaling(options: argparse.Namespace, device: torch.device) -> str:
     layout, dtype = options.layouts[0], (options.dtypes or DEFAULT_DTYPES[device.type])[0]
     timing = options.timings[-1]
     providers = select_providers(options.providers, device)
-    sweeps: dict[str, list[Row]] = {}
-    for varied, cells in sweep_cells(device.type, layout, dtype).items():
-        sweeps[varied] = []
-        for cell in cells[:2] if options.quick else cells:
-            progress(cell, providers)
-            found = loss_suite.measure_cell(cell, providers, device, options.rounds, timings=[timing])
-            sweeps[varied] += [row | {"channels": cell.student[0][0]} for row in found]
     machine = report.describe_machine(device)
     title = f"Scaling of forward and backward, one pair (128, 28, 28), {layout}, {dtype}"
-    tables = [loss_tables.times_table(f"Varying {varied}", rows) for varied, rows in sweeps.items()]
-    page = report.markdown(title, machine, tables)
-    rows = [row for found in sweeps.values() for row in found]
     stem = f"scaling-{device.type}"
-    report.write(options.out, stem, page, rows, {"machine": machine})
-    plots.scaling(sweeps, options.out / f"{stem}.png")
-    return page
+    rows = kept_rows(options, stem)
+    for varied, cells in sweep_cells(device.type, layout, dtype).items():
+        for cell in missing(cells[:2] if options.quick else cells, rows):
+            progress(cell, providers)
+            found = loss_suite.measure_cell(cell, providers, device, options.rounds, timings=[timing])
+            rows += [row | {"varied": varied, "channels": cell.student[0][0]} for row in found]
+            tables = [
+                loss_tables.times_table(f"Varying {name}", swept) for name, swept in _sweeps(rows).items()
+            ]
+            page = report.markdown(title, machine, tables)
+            report.write(options.out, stem, page, rows, {"machine": machine})
+    plots.scaling(_sweeps(rows), options.out / f"{stem}.png")
+    return (options.out / f"{stem}.md").read_text(encoding="utf-8")
+
+
+def _sweeps(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    names = dict.fromkeys(row["varied"] for row in rows)
+    return {name: [row for row in rows if row["varied"] == name] for name in names}
 
 
 def run_step(options: argparse.Namespace, device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.providers import Loss, Provider, authors
-from benchmarks.workloads import Cell
+from benchmarks.workloads import DTYPES, Cell
 
 
 class Subject:
@@ -27,10 +28,14 @@ class Subject:
         self.students, self.teachers = students, teachers
         self.loss = provider.make(cell) if loss is None else loss
         self.value: Tensor | None = None
+        self.error = float("nan")  # of the loss and the gradients against fp64: see `check_agreement`
         self.one_pass = provider.one_pass(cell, students, teachers)
         # Made beforehand: in training it comes from the sum with the other losses.
         with torch.no_grad():
-            self.upstream = torch.full_like(self.loss(students, teachers), provider.upstream(cell))
+            value = self.loss(students, teachers)
+            greatest = 2.0**15 if value.dtype == torch.float16 else math.inf  # twice that is infinite
+            self.scale = min(provider.upstream(cell), greatest)
+            self.upstream = torch.full_like(value, self.scale)
 
     def release(self) -> None:
         """Forgets the last graph and gradients, as training does after every step."""
@@ -90,9 +95,6 @@ def check_agreement(subjects: Sequence[Subject]) -> None:
         RuntimeError: one is further off than its dtype explains.
     """
     cell, students, teachers = subjects[0].cell, subjects[0].students, subjects[0].teachers
-    # Half-precision eager keeps maps of 8 or 11 significant bits and takes their difference, and its fp16
-    # gradients pass through subnormals: several percent are its own.
-    tolerance = {"fp32": 1e-4, "bf16": 0.15, "fp16": 0.3}[cell.dtype]
     exact = [student.detach().double().requires_grad_() for student in students]
     truth = authors(exact, [teacher.double() for teacher in teachers], cell.p)
     gradients = torch.autograd.grad(truth, exact)
@@ -103,16 +105,27 @@ def check_agreement(subjects: Sequence[Subject]) -> None:
         assert subject.value is not None
         off = [_relative(subject.value.detach(), truth.detach())]
         subject.backward()
-        scale = subject.provider.upstream(cell)
         for student, gradient in zip(students, gradients, strict=True):
             if student.grad is None:
                 raise RuntimeError(f"{cell.name}: {name} gives no gradient")
-            off.append(_relative(student.grad.double() / scale, gradient))
+            off.append(_relative(student.grad.double() / subject.scale, gradient))
             student.grad = None
-        if not max(off) <= tolerance:  # NaN fails, too
+        subject.error = max(off, key=lambda error: (math.isnan(error), error))
+        allowed = tolerance(subject.provider, cell)
+        if not subject.error <= allowed:  # NaN fails, too
             raise RuntimeError(
-                f"{cell.name}: {name} is off by {max(off):.2g} of the value, allowed {tolerance:g}"
+                f"{cell.name}: {name} is off by {subject.error:.2g} of the value, allowed {allowed:.2g}"
             )
+
+
+def tolerance(provider: Provider, cell: Cell) -> float:
+    """What the loss and each gradient may be off, in parts of their norm."""
+    if provider.backend:  # sums over the channels in fp32, then one rounding to the gradient's dtype
+        channels = max(shape[0] for shape in (*cell.student, *cell.teacher))
+        return channels * torch.finfo(torch.float32).eps + torch.finfo(DTYPES[cell.dtype]).eps / 2
+    # Half-precision eager keeps maps of 8 or 11 significant bits and takes their difference, and its fp16
+    # gradients pass through subnormals: several percent are its own.
+    return {"fp32": 1e-4, "bf16": 0.15, "fp16": 0.3}[cell.dtype]
 
 
 def _relative(value: Tensor, truth: Tensor) -> float:

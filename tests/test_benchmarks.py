@@ -3,10 +3,12 @@
 import csv
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import at_fused
 import models
@@ -21,7 +23,7 @@ from benchmarks import (
     step_suite,
     timing,
 )
-from benchmarks.subjects import Subject, check_agreement, subjects
+from benchmarks.subjects import Subject, check_agreement, subjects, tolerance
 from benchmarks.workloads import WORKLOADS, Cell, select_cells, sweep_cells
 
 CPU = torch.device("cpu")
@@ -160,6 +162,7 @@ def test_providers_agree(name: str, dtype: str, p: int) -> None:
         lambda s, t, p: 1.01 * providers.authors(s, t, p),
         lambda s, t, p: torch.nan * providers.authors(s, t, p),
         lambda s, t, p: providers.authors(s, t, p).detach() + 0 * s[0].sum(),
+        lambda s, t, p: providers.authors(s, t, p) + (0 * s[-1].sum()).sqrt(),  # NaN in one gradient
         lambda s, t, p: providers.authors(s, t, 1),
     ],
 )
@@ -170,6 +173,22 @@ def test_wrong_values_are_not_timed(wrong) -> None:
     check_agreement([right])
     with pytest.raises(RuntimeError, match=r"cifar-nchw-fp32: wrong (is off|gives no gradient)"):
         check_agreement([right, Subject(providers.Provider("wrong", wrong), cell, *features)])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_ours_may_be_off_is_what_roundings_explain(dtype: str) -> None:
+    cell = pick("cifar-nchw", workloads=["cifar"], dtypes=[dtype])
+    ours = [provider for provider in PROVIDERS.values() if provider.backend]
+    assert ours
+    for subject in subjects(cell, ours, CPU):
+        assert 0 < subject.error <= tolerance(subject.provider, cell)
+
+    def off(students: Sequence[Tensor], teachers: Sequence[Tensor], p: int) -> Tensor:
+        return at_fused.attention_loss(students, teachers, p) * (1 + 2**-7)
+
+    wrong = dataclasses.replace(ours[0], loss=off)
+    with pytest.raises(RuntimeError, match=r"is off by 0\.00(78|8) of the value"):
+        subjects(cell, [wrong], CPU)
 
 
 def test_autocast_runs_the_authors_form(monkeypatch: pytest.MonkeyPatch) -> None:
