@@ -200,8 +200,12 @@ def draw(results: Path, measured: Path, todo: Sequence[Piece], device: str) -> N
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--results", type=user_path, required=True, help="folder for results and logs")
-    parser.add_argument("--archive", type=user_path, metavar="FILE", help="also keep all of them in this .tar.gz, "
-                        "up to date within seconds; an empty results folder is filled from it")  # fmt: skip
+    parser.add_argument(
+        "--archive",
+        type=user_path,
+        metavar="FILE",
+        help="also keep all of it in this .tar.gz, up to date within seconds; fills an empty folder",
+    )
     parser.add_argument("--budget", type=float, metavar="S", help="end within so many seconds")
     parser.add_argument(
         "--wheels", type=user_path, metavar="DIR", help="wheels of packages that are missing here"

@@ -28,7 +28,8 @@ def measure_cell(
 ) -> list[Row]:
     """One row per provider, mode and timing ("eager", or "graph" for replays of a CUDA graph).
 
-    Backward alone is not captured: its graph would replay the backward of a forward that is gone.
+    Backward alone is not captured: its graph would replay the backward of a forward that is gone. Launches
+    and memory are counted where the loss is also called from Python.
     """
     found = subjects(cell, providers, device)
     rows: list[Row] = []
@@ -36,7 +37,7 @@ def measure_cell(
         for mode in modes:
             if (kind, mode) != ("graph", "backward"):
                 rows += _measure(found, mode, kind, device, rounds)
-    for subject in found:
+    for subject in found if "eager" in timings else ():
         counts = {
             "launches": subject.counted(counters.launches),
             "peak_extra_bytes": subject.counted(counters.peak_extra_bytes),

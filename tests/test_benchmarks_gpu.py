@@ -102,6 +102,17 @@ def test_graphs_and_calls_are_timed_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake_cuda")
+def test_graphs_alone_start_no_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes seconds to start, and not every machine lets it."""
+    monkeypatch.setattr(counters, "profile", None)
+    (cell,) = select_cells("cifar-nchw-fp32", batch=2)
+    found = [providers.Provider("authors", providers.authors)]
+    (row,) = loss_suite.measure_cell(cell, found, torch.device("cuda"), 1, timings=["graph"])
+    assert (row["timing"], row["launches"], row["peak_extra_bytes"]) == ("graph", None, None)
+    assert 0 < row["error"] < 1e-5
+
+
+@pytest.mark.usefixtures("fake_cuda")
 def test_events_give_seconds() -> None:
     assert 0.01 <= timing.stopwatch(torch.device("cuda"))(lambda: time.sleep(0.01)) < 5
 
