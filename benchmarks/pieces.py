@@ -85,7 +85,7 @@ class Record:
         """The seconds of every piece that has succeeded, by name."""
         found = {}
         try:
-            lines = (self.folder / "done.jsonl").read_text().splitlines()
+            lines = (self.folder / "done.jsonl").read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             lines = []
         for line in lines:
@@ -99,7 +99,7 @@ class Record:
 
     def add(self, piece: Piece, seconds: float) -> None:
         entry = {"piece": piece.name, "seconds": round(seconds, 1), "sources": self.sources}
-        with (self.folder / "done.jsonl").open("a") as file:
+        with (self.folder / "done.jsonl").open("a", encoding="utf-8") as file:
             file.write(f"\n{json.dumps(entry)}\n")  # on a line of its own whatever was cut off before
 
     def state(self, piece: Piece) -> str:
