@@ -219,6 +219,7 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_train_takes_safetensors_and_lightnings(state: State, tmp_path: Path) -> None:
     safetensors.torch.save_file(state, tmp_path / "teacher.safetensors")
     torch.save({"state_dict": prefixed("model.", state), "best": np.float64(1)}, tmp_path / "student.ckpt")
@@ -235,6 +236,7 @@ def test_train_takes_safetensors_and_lightnings(state: State, tmp_path: Path) ->
     assert (tmp_path / "run/model.pt").exists()
 
 
+@pytest.mark.slow
 def test_train_refuses_in_one_line(state: State, tmp_path: Path) -> None:
     torch.save({"generator": state, "discriminator": state}, tmp_path / "gan.pt")
     keys = runs.SMALL | {"pretrained": tmp_path / "gan.pt", "output-dir": tmp_path / "run"}
@@ -244,6 +246,7 @@ def test_train_refuses_in_one_line(state: State, tmp_path: Path) -> None:
     assert not (tmp_path / "run/model.pt").exists()
 
 
+@pytest.mark.slow
 def test_visualize_takes_safetensors_and_names_what_it_refuses(state: State, tmp_path: Path) -> None:
     safetensors.torch.save_file(prefixed("module.", state), tmp_path / "w.safetensors")
     torch.save({"epoch": 3, "optimizer": {}}, tmp_path / "w.pt")
