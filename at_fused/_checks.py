@@ -5,24 +5,30 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, reference
 
 Features = Tensor | Sequence[Tensor]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_OPTIONS: dict[str, tuple[str | None, ...]] = {
-    "mapping": ("sum", "max"),
-    "normalize": (None, "l2", "l1"),
-    "distance": ("mse", "norm"),
-    "reduction": ("sum", "none"),
-    "resize": ("bilinear", "nearest", "error"),
-    "backend": ("auto", *backends.NAMES),
+# Of each option, what its words stand for, and the words that stand for nothing there.
+_OPTIONS: dict[str, list[Iterable[str | None]]] = {
+    "mapping": [reference.MAPPINGS],
+    "normalize": [(None,), reference.NORMS],
+    "distance": [reference.DISTANCES],
+    "reduction": [("sum", "none")],
+    "resize": [reference.RESIZES, ("error",)],
+    "backend": [("auto",), backends.NAMES],
 }
+
+
+def choices(option: str) -> tuple[str | None, ...]:
+    """What `option` can be."""
+    return tuple(word for words in _OPTIONS[option] for word in words)
 
 
 def check_real(name: str, value: object) -> None:
@@ -40,7 +46,7 @@ def check_options(p: float, norm_order: float = 2, eps: float = 0, **words: str 
     """The options that do not depend on the features; `words` are those of a few choices."""
     check_number("p", p, at_least=1)
     for name, value in words.items():
-        allowed = _OPTIONS[name]
+        allowed = choices(name)
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name} must be one of {allowed}, got {type(value).__name__}")
         if value not in allowed:

@@ -6,9 +6,9 @@ in fp32 (fp64 for fp64 features).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 from ._tracing import constant
 
 EPS = 1e-12  # smallest norm that is divided by; compared in fp32 or fp64, as fp16 holds 0 in its place
-_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}  # by the number of spatial dimensions
 
 
 @constant
@@ -41,12 +41,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def attention_map(feat: Tensor, p: float, mapping: str) -> Tensor:
     """Raw map F_sum^p or F_max^p of `feat` (B, C, *spatial): (B, *spatial), section 3.1 of the paper."""
     with without_autocast(feat.device.type):
-        feat = _keeping_format(feat).to(accumulation_dtype(feat.dtype))
-        if mapping == "max":
-            # argmax names the first channel on ties; amax would share the gradient among them.
-            strongest = feat.detach().abs().argmax(1, keepdim=True)
-            return _abs_power(feat.gather(1, strongest), p).squeeze(1)
-        return _abs_power(feat, p).sum(1)
+        return MAPPINGS[mapping].reduce(_keeping_format(feat).to(accumulation_dtype(feat.dtype)), p)
 
 
 def attention_map_backward(feat: Tensor, grad_map: Tensor, p: float, mapping: str) -> Tensor:
@@ -54,10 +49,40 @@ def attention_map_backward(feat: Tensor, grad_map: Tensor, p: float, mapping: st
     with without_autocast(feat.device.type):
         wide = feat.to(accumulation_dtype(feat.dtype))
         grad = grad_map.unsqueeze(1) * _abs_power_derivative(wide, p)
-        if mapping == "max":
-            strongest = wide.detach().abs().argmax(1, keepdim=True)
-            grad = torch.zeros_like(grad).scatter(1, strongest, grad.gather(1, strongest))
-        return grad.to(feat.dtype)
+        return MAPPINGS[mapping].keep(grad, wide).to(feat.dtype)
+
+
+class Mapping(NamedTuple):
+    """How a feature (B, C, *spatial) becomes a map of powers |A|^p over its channels."""
+
+    reduce: Callable[[Tensor, float], Tensor]  # the raw map (B, *spatial)
+    keep: Callable[[Tensor, Tensor], Tensor]  # of the gradients (B, C, *spatial) of all powers, what counts
+
+
+def _sum(feat: Tensor, p: float) -> Tensor:
+    return _abs_power(feat, p).sum(1)
+
+
+def _max(feat: Tensor, p: float) -> Tensor:
+    return _abs_power(feat.gather(1, _strongest(feat)), p).squeeze(1)
+
+
+def _of_all_channels(grad: Tensor, feat: Tensor) -> Tensor:
+    return grad
+
+
+def _of_the_strongest(grad: Tensor, feat: Tensor) -> Tensor:
+    strongest = _strongest(feat)
+    return torch.zeros_like(grad).scatter(1, strongest, grad.gather(1, strongest))
+
+
+def _strongest(feat: Tensor) -> Tensor:
+    """Index (B, 1, *spatial) of each position's largest magnitude, the first on ties: amax would share the
+    gradient among them."""
+    return feat.detach().abs().argmax(1, keepdim=True)
+
+
+MAPPINGS = {"sum": Mapping(_sum, _of_all_channels), "max": Mapping(_max, _of_the_strongest)}
 
 
 def _abs_power(x: Tensor, p: float) -> Tensor:
@@ -115,8 +140,11 @@ def normalize_map(attention: Tensor, order: str | None, eps: float) -> Tensor:
     if order is None:
         return attention
     positions = attention.flatten(1)
-    norm = sample_norm(positions, 2 if order == "l2" else 1)
+    norm = sample_norm(positions, NORMS[order])
     return (positions / norm.clamp_min(eps)).view_as(attention)
+
+
+NORMS = {"l2": 2, "l1": 1}  # orders of the norms that a map can be divided by
 
 
 def sample_norm(values: Tensor, order: int = 2) -> Tensor:
@@ -132,19 +160,32 @@ def resize_map(attention: Tensor, size: Sequence[int], mode: str) -> Tensor:
     """Interpolates (B, *spatial) maps to `size`; "bilinear" means linear in 1-D and trilinear in 3-D."""
     if tuple(attention.shape[1:]) == tuple(size):
         return attention
-    attention = attention.unsqueeze(1)
-    if mode == "nearest":
-        return F.interpolate(attention, size=tuple(size), mode="nearest").squeeze(1)
-    method = _INTERPOLATION[len(size)]
-    return F.interpolate(attention, size=tuple(size), mode=method, align_corners=False).squeeze(1)
+    return RESIZES[mode](attention.unsqueeze(1), tuple(size)).squeeze(1)
+
+
+def _linear(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(maps, size=size, mode=_INTERPOLATION[len(size)], align_corners=False)
+
+
+def _nearest(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(maps, size=size, mode="nearest")
+
+
+RESIZES = {"bilinear": _linear, "nearest": _nearest}
 
 
 def map_distance(student: Tensor, teacher: Tensor, distance: str, norm_order: float) -> Tensor:
-    """Mean squared difference ("mse"), or Eq. 2's mean over samples of the q-norm ("norm"): a scalar."""
-    difference = (student - teacher).flatten(1)
-    if distance == "mse":
-        # An empty batch gives 0, where mean() would give NaN.
-        return difference.square().sum() / max(difference.numel(), 1)
+    """The distance of two (B, *spatial) maps, a scalar."""
+    return DISTANCES[distance]((student - teacher).flatten(1), norm_order)
+
+
+def _mean_square(difference: Tensor, norm_order: float) -> Tensor:
+    """The mean over batch and positions, as in the authors' code."""
+    return difference.square().sum() / max(difference.numel(), 1)  # an empty batch gives 0, not NaN
+
+
+def _mean_norm(difference: Tensor, norm_order: float) -> Tensor:
+    """The mean over the batch of the q-norm over positions, Eq. 2."""
     if not difference.shape[1]:
         return difference.sum()  # no maximum of no positions: 0
     # Scaled by the largest difference, so that no power underflows; equal maps, where the norm has no
@@ -156,6 +197,10 @@ def map_distance(student: Tensor, teacher: Tensor, distance: str, norm_order: fl
         (difference / scale[:, None]).masked_fill(equal[:, None], 1), norm_order, dim=1
     )
     return (norms * scale).masked_fill(equal, 0).sum() / max(norms.numel(), 1)
+
+
+# From the differences (B, positions) of two maps and the order of the norm, where there is one, to a scalar.
+DISTANCES: dict[str, Callable[[Tensor, float], Tensor]] = {"mse": _mean_square, "norm": _mean_norm}
 
 
 def loss_from_maps(

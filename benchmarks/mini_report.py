@@ -17,8 +17,8 @@ from at_fused.visualize import attention_grid
 from benchmarks import report
 from benchmarks.mini_plan import Runs
 from benchmarks.paper_plan import LABELS, TABLES, Job
-from trainer import checkpoint
-from trainer.data import folders
+from trainer import checkpoint, data
+from trainer.data import LabelledImages
 
 LAYERS = ["layer3", "layer4"]  # whose maps both tables compare
 FILES = ("mini.md", "maps-table5.png", "maps-table4.png")
@@ -46,7 +46,7 @@ def write(folder: Path, runs: Runs) -> str:
     """The files of FILES, mini.csv and mini.json; returns the page."""
     tables, rows = [], []
     for name, jobs in (("table5", runs.table5), ("table4", runs.table4)):
-        dataset = folders.load(jobs["teacher"].config, CPU)
+        dataset = data.load(jobs["teacher"].config, CPU)
         seen = {column: answers(job, dataset) for column, job in jobs.items()}
         own = [row(name, column, job, seen, len(dataset.test)) for column, job in jobs.items()]
         shown = {"student": seen["student"], "student, AT": seen["at"], "teacher": seen["teacher"]}
@@ -64,10 +64,10 @@ def write(folder: Path, runs: Runs) -> str:
     return page
 
 
-def answers(job: Job, dataset: folders.FileSet) -> Answers:
+def answers(job: Job, dataset: LabelledImages) -> Answers:
     """Of the network that `job` has trained, perhaps on other classes, for every test image of `dataset`."""
     config = job.config
-    classes = folders.load(config, CPU).names
+    classes = data.load(config, CPU).names
     model = models.create(config.student, len(classes)).eval()
     checkpoint.load_weights(model, job.folder / "model.pt", config.student)
     predictions: list[str] = []
@@ -123,18 +123,19 @@ def line(entry: report.Row, table: list[report.Row]) -> list[str]:
     return [entry["label"], entry["network"], error, changes[0], paper, changes[1], *alike]
 
 
-def heading(table: str, teacher: Job, dataset: folders.FileSet) -> str:
+def heading(table: str, teacher: Job, dataset: LabelledImages) -> str:
     how = "from scratch" if table == "table5" else "fine-tuned from Table 5's networks"
+    size = teacher.config.image_size
     return (
         f"Table {table[-1]}, {how}: {dataset.classes} classes, {len(dataset.train)} images of "
-        f"{dataset.size}×{dataset.size}, {teacher.config.epochs} epochs"
+        f"{size}×{size}, {teacher.config.epochs} epochs"
     )
 
 
 # --- the pictures ---------------------------------------------------------------------------------------
 
 
-def picture(dataset: folders.FileSet, networks: dict[str, Answers]) -> Figure:
+def picture(dataset: LabelledImages, networks: dict[str, Answers]) -> Figure:
     """As Figure 6: test images at even distances, so of every class, and what each network sees and where."""
     count = min(PICTURES, len(dataset.test))
     places = [i * len(dataset.test) // count for i in range(count)]

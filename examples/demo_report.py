@@ -21,9 +21,10 @@ from rich.table import Table
 import at_fused
 import models
 from at_fused.visualize import attention_grid
-from trainer import checkpoint
+from trainer import checkpoint, data
 from trainer.config import make_config
-from trainer.data import in_memory
+from trainer.data import LabelledImages
+from trainer.data.in_memory import Split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +113,7 @@ class Answers:
 def write_results(folder: Path, runs: Sequence[Run], seconds: float) -> Table:
     """Write curves.png, attention_maps.png and report.md into `folder`; returns the table to print."""
     groups = by_recipe(runs)
-    sets = {recipe: in_memory.load(make_config(group[0].config), CPU) for recipe, group in groups.items()}
+    sets = {recipe: data.load(make_config(group[0].config), CPU) for recipe, group in groups.items()}
     dataset = sets["teacher"]  # all have the same test images
     found = {run: answers(run, dataset) for run in runs}
     teacher = found[groups["teacher"][0]]
@@ -125,6 +126,7 @@ def write_results(folder: Path, runs: Sequence[Run], seconds: float) -> Table:
     curves(runs).savefig(folder / "curves.png")
     typical = groups["student-at"].index(middle(groups["student-at"]))
     alone, at = (found[groups[recipe][typical]] for recipe in ("student", "student-at"))
+    assert isinstance(dataset.test, Split)
     places, chosen = telling_images(dataset.test.labels, alone.predictions, at.predictions, PICTURES)
     attention_maps(dataset.test, places, alone, at, teacher).savefig(folder / "attention_maps.png")
 
@@ -228,11 +230,11 @@ def curves(runs: Sequence[Run]) -> Figure:
 # --- attention maps -----------------------------------------------------------------------------------
 
 
-def answers(run: Run, dataset: in_memory.ImageSet) -> Answers:
+def answers(run: Run, dataset: LabelledImages) -> Answers:
     """Predictions and attention maps of a trained network for every test image."""
     model = models.create(run.config["student"], dataset.classes).eval()
     checkpoint.load_weights(model, run.folder / "model.pt", run.config["student"])
-    images, _ = in_memory.evaluation_batch(dataset, slice(0, len(dataset.test)))
+    ((images, _),) = dataset.evaluation_batches([slice(0, len(dataset.test))])
     with torch.no_grad(), at_fused.FeatureTaps(model, model.taps["groups"]) as taps:
         predictions = model(images).argmax(1)
         maps = [at_fused.attention_map(feature, normalize="l2") for feature in taps.features]
@@ -263,9 +265,7 @@ def telling_images(labels: Tensor, alone: Tensor, at: Tensor, count: int) -> tup
     return chosen, int(turned[chosen].sum())
 
 
-def attention_maps(
-    test: in_memory.Split, places: list[int], alone: Answers, at: Answers, teacher: Answers
-) -> Figure:
+def attention_maps(test: Split, places: list[int], alone: Answers, at: Answers, teacher: Answers) -> Figure:
     """Image, and each network's maps per group, of the test images at `places`."""
     networks = {"alone": alone, "with AT": at, "teacher": teacher}
     return attention_grid(

@@ -31,7 +31,13 @@ def fake_set(
     images = torch.randint(256, (size, height, width, 3), dtype=torch.uint8, generator=draw)
     split = in_memory.Split(images, torch.arange(size) % 10)
     return in_memory.ImageSet(
-        split, split, 10, torch.tensor([125.3, 123.0, 113.9]), torch.tensor([63.0, 62.1, 66.7]), pad, flip
+        split,
+        split,
+        list("0123456789"),
+        torch.tensor([125.3, 123.0, 113.9]),
+        torch.tensor([63.0, 62.1, 66.7]),
+        pad,
+        flip,
     )
 
 
@@ -154,6 +160,7 @@ def store_cifar(
     class Cifar:
         base_folder, train_list, test_list = folder, (), ()
         data, targets = images.transpose(0, 2, 3, 1), list(range(len(images)))
+        classes = tuple(f"class {label}" for label in range({"CIFAR10": 10, "CIFAR100": 100}[name]))
 
         def __init__(self, root: str, train: bool, download: bool) -> None:
             pass
@@ -167,7 +174,7 @@ def test_cifar_is_held_without_strides(tmp_path: Path, monkeypatch: pytest.Monke
     stored = np.arange(20 * 3 * 32 * 32, dtype=np.uint8).reshape(20, 3, 32, 32)
     given = store_cifar(monkeypatch, tmp_path, stored)
     config = make_config({"dataset": "cifar10", "student": "wrn-10-1", "data-dir": str(tmp_path)})
-    dataset = in_memory.load(config, CPU)
+    dataset = data.load(config, CPU)
     assert dataset.train.images.is_contiguous()
     assert dataset.test.images.is_contiguous()
     assert dataset.train.images.numpy().tobytes() == stored.transpose(0, 2, 3, 1).tobytes()

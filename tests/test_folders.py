@@ -14,6 +14,7 @@ from torch import Tensor
 
 import train
 from at_fused.visualize import pictures
+from trainer import data
 from trainer.config import Config, ConfigError, make_config
 from trainer.data import folders
 
@@ -32,19 +33,19 @@ def batches(dataset: folders.FileSet, parts: list[slice], seed: int = 0, epoch: 
 
 
 def test_splits_and_labels(tmp_path: Path) -> None:
-    dataset = folders.load(config(make_folders(tmp_path)), CPU)
+    dataset = data.load(config(make_folders(tmp_path)), CPU)
     assert (len(dataset.train), len(dataset.test), dataset.classes) == (24, 9, 3)
     for files in (dataset.train, dataset.test):
         assert [Path(path).parent.name for path in files.paths] == [CLASSES[i] for i in files.labels]
-    limited = folders.load(config(tmp_path, limit_train=9, limit_test=4), CPU)
+    limited = data.load(config(tmp_path, limit_train=9, limit_test=4), CPU)
     assert torch.bincount(limited.train.labels).tolist() == [3, 3, 3]
     assert len(limited.test) == 4
     with pytest.raises(ConfigError, match="limit-train 25 is more than the 24 images of imagefolder"):
-        folders.load(config(tmp_path, limit_train=25), CPU)
+        data.load(config(tmp_path, limit_train=25), CPU)
 
 
 def test_evaluation_is_the_normalised_centre_crop(tmp_path: Path) -> None:
-    dataset = folders.load(config(make_folders(tmp_path), image_size=14), CPU)
+    dataset = data.load(config(make_folders(tmp_path), image_size=14), CPU)
     ((images, labels),) = dataset.evaluation_batches([slice(2, 5)])
     assert images.shape == (3, 3, 14, 14)
     assert images.is_contiguous(memory_format=torch.channels_last)
@@ -59,14 +60,14 @@ def test_evaluation_is_the_normalised_centre_crop(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_batches_are_the_same_for_any_ranks_workers_and_start(tmp_path: Path) -> None:
     make_folders(tmp_path)
-    alone = folders.load(config(tmp_path), CPU)
+    alone = data.load(config(tmp_path), CPU)
     before = torch.get_rng_state()
     whole = batches(alone, [slice(0, 8), slice(8, 16), slice(16, 24)], seed=3, epoch=1)
     assert torch.equal(torch.get_rng_state(), before), "the run's own random numbers are left alone"
     assert sorted(whole[1].tolist()) == [0] * 8 + [1] * 8 + [2] * 8, "each image once"
     resumed = batches(alone, [slice(8, 16), slice(16, 24)], seed=3, epoch=1)
     halves = batches(alone, [slice(0, 4), slice(12, 16)], seed=3, epoch=1)
-    helped = folders.load(config(tmp_path, workers=2), CPU)
+    helped = data.load(config(tmp_path, workers=2), CPU)
     for tensor, late, half, other in zip(
         whole,
         resumed,
@@ -90,7 +91,7 @@ def test_augmentation(augment: str, distinct: int, tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / split / "ant").mkdir(parents=True)
         picture(5).save(tmp_path / split / "ant" / "0.png")
-    dataset = folders.load(config(tmp_path, augment=augment), CPU)
+    dataset = data.load(config(tmp_path, augment=augment), CPU)
     seen = [batches(dataset, [slice(0, 1)], epoch=epoch)[0] for epoch in range(10)]
     versions = {image.numpy().tobytes(): image for image in seen}
     assert len(versions) >= distinct if augment == "crop-flip" else len(versions) == distinct
@@ -113,7 +114,7 @@ def test_odd_files_are_read_and_broken_ones_skipped(
     (ants / "3.png").write_bytes(whole[: len(whole) // 2])
     (ants / "4.png").write_bytes(b"")
     (test_ants / "0.png").write_text("not an image")
-    dataset = folders.load(config(tmp_path), CPU)
+    dataset = data.load(config(tmp_path), CPU)
     for epoch in range(2):
         images, labels = batches(dataset, [slice(0, 24)], epoch=epoch)
         assert len(images) == 24, "batches keep their size"
@@ -134,7 +135,7 @@ def test_sixteen_bit_grey_is_scaled(tmp_path: Path) -> None:
     (tmp_path / "val" / "ant" / "1.png").unlink()
     Image.fromarray(levels.astype(np.uint16)).save(paths[0])
     Image.fromarray((levels / 65535).astype(np.float32)).save(paths[1])
-    dataset = folders.load(config(tmp_path), CPU)
+    dataset = data.load(config(tmp_path), CPU)
     ((images, labels),) = dataset.evaluation_batches([slice(0, 2)])
     assert labels.tolist() == [0]
     assert dataset.unreadable == [str(paths[1])]
@@ -150,7 +151,7 @@ def test_identity_of_the_images(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "a", tmp_path / "b")
 
     def identity(name: str, **keys: object) -> dict[str, object]:
-        return folders.load(config(tmp_path / name, **keys), CPU).identity()
+        return data.load(config(tmp_path / name, **keys), CPU).identity()
 
     first = identity("a")
     assert (first["train"], first["test"], first["classes"]) == (9, 3, 3)
@@ -164,27 +165,27 @@ def test_too_many_broken_files_end_the_run(tmp_path: Path) -> None:
     make_folders(tmp_path)
     for i in range(3):
         (tmp_path / "train" / "bee" / f"{i}.png").write_bytes(b"")
-    allowed = folders.load(config(tmp_path, max_unreadable=3), CPU)
+    allowed = data.load(config(tmp_path, max_unreadable=3), CPU)
     assert len(batches(allowed, [slice(0, 24)])[0]) == 24
     with pytest.raises(ConfigError, match=r"3 images can't be read, such as .*\.png; max-unreadable is 2"):
-        batches(folders.load(config(tmp_path, max_unreadable=2), CPU), [slice(0, 24)])
+        batches(data.load(config(tmp_path, max_unreadable=2), CPU), [slice(0, 24)])
     for path in (tmp_path / "val").rglob("*.png"):
         path.write_bytes(b"")
-    generous = folders.load(config(tmp_path, max_unreadable=50), CPU)
+    generous = data.load(config(tmp_path, max_unreadable=50), CPU)
     with pytest.raises(ConfigError, match="no image of a split can be read"):
         list(generous.evaluation_batches([slice(0, 9)]))
 
 
 def test_missing_and_inconsistent_folders(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected the folders train and val"):
-        folders.load(config(tmp_path), CPU)
+        data.load(config(tmp_path), CPU)
     make_folders(tmp_path)
     (tmp_path / "val" / "cat").rename(tmp_path / "val" / "dog")
     with pytest.raises(ConfigError, match="train and val differ in their classes, such as cat"):
-        folders.load(config(tmp_path), CPU)
+        data.load(config(tmp_path), CPU)
     (tmp_path / "val" / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty"):
-        folders.load(config(tmp_path), CPU)
+        data.load(config(tmp_path), CPU)
 
 
 def printed(root: Path, capsys: pytest.CaptureFixture[str], **keys: object) -> list[str]:
@@ -285,7 +286,7 @@ def test_classes_are_called_as_their_folders(tmp_path: Path) -> None:
             (tmp_path / split / name / "more").mkdir()
             for path in (tmp_path / split / name).glob("*.png"):
                 path.rename(path.parent / "more" / path.name)
-    dataset = folders.load(config(tmp_path), CPU)
+    dataset = data.load(config(tmp_path), CPU)
     assert dataset.names == list(CLASSES)
     seen = pictures.read_dataset("imagefolder", str(tmp_path), [0, 8], 16)
     assert (seen.labels, seen.classes) == (["ant", "cat"], list(CLASSES))
@@ -314,7 +315,7 @@ def make_cub(root: Path) -> Path:
 
 def test_cub_crops_the_bounding_box(tmp_path: Path) -> None:
     make_cub(tmp_path)
-    dataset = folders.load(config(tmp_path, dataset="cub"), CPU)
+    dataset = data.load(config(tmp_path, dataset="cub"), CPU)
     assert (len(dataset.train), len(dataset.test), dataset.classes) == (4, 2, 2)
     assert dataset.train.labels.tolist() == [1, 0, 1, 0]
     white = ((torch.tensor([255.0] * 3) - dataset.mean) / dataset.std).view(1, 3, 1, 1)
@@ -327,7 +328,7 @@ def test_cub_crops_the_bounding_box(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit, numbers", [(None, [1, 2, 3, 4]), (2, [1, 4])])
 def test_cub_boxes_stay_with_their_images(limit: int | None, numbers: list[int], tmp_path: Path) -> None:
     make_cub(tmp_path)
-    dataset = folders.load(config(tmp_path, dataset="cub", limit_train=limit, seed=2), CPU)
+    dataset = data.load(config(tmp_path, dataset="cub", limit_train=limit, seed=2), CPU)
     for files, expected in ((dataset.train, numbers), (dataset.test, [5, 6])):
         assert [int(Path(path).stem) for path in files.paths] == expected
         assert files.labels.tolist() == [number % 2 for number in expected]
@@ -338,13 +339,13 @@ def test_damaged_cub_tables(tmp_path: Path) -> None:
     root = make_cub(tmp_path)
     (root / "bounding_boxes.txt").write_text("1 10 five 40 30\n")
     with pytest.raises(ConfigError, match=r"bounding_boxes.txt, line 1: cannot be understood"):
-        folders.load(config(tmp_path, dataset="cub"), CPU)
+        data.load(config(tmp_path, dataset="cub"), CPU)
     (root / "bounding_boxes.txt").write_text("1 10 5 40 30\n")
     with pytest.raises(ConfigError, match="image 2 has no name, label, split or bounding box"):
-        folders.load(config(tmp_path, dataset="cub"), CPU)
+        data.load(config(tmp_path, dataset="cub"), CPU)
     (root / "images.txt").unlink()
     with pytest.raises(ConfigError, match=r"images.txt: No such file"):
-        folders.load(config(tmp_path, dataset="cub"), CPU)
+        data.load(config(tmp_path, dataset="cub"), CPU)
 
 
 @pytest.mark.parametrize(
@@ -362,4 +363,4 @@ def test_faulty_lines_of_cub(table: str, line: bytes, message: str, tmp_path: Pa
     path = make_cub(tmp_path) / f"{table}.txt"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]) + line)
     with pytest.raises(ConfigError, match=message):
-        folders.load(config(tmp_path, dataset="cub"), CPU)
+        data.load(config(tmp_path, dataset="cub"), CPU)

@@ -210,7 +210,7 @@ def test_the_statistics_are_the_trainers(tmp_path: Path, monkeypatch: pytest.Mon
 
     class Empty:
         base_folder, train_list, test_list = "cifar", [], []
-        data, targets = torch.zeros(1, 32, 32, 3).numpy(), [0]
+        data, targets, classes = torch.zeros(1, 32, 32, 3).numpy(), [0], ["airplane"]
 
         def __init__(self, root: str, train: bool, download: bool) -> None: ...
 

@@ -11,6 +11,7 @@ import torch
 
 import at_fused
 from at_fused.visualize.paths import user_path
+from trainer.choices import Told
 from trainer.config import Config, flag_text, make_config
 from trainer.errors import ConfigError, did_you_mean
 from trainer.recipes import load_recipe
@@ -106,6 +107,7 @@ def _unlist(key: str, value: Any) -> Any:
 def _help(field: Any) -> str:
     choices = [str(c) for c in get_args(field.annotation) if isinstance(c, str)]
     text = f"{field.description}{' (' + ', '.join(choices) + ')' if choices else ''}"
-    if not field.is_required() and field.default not in (None, []) and "default" not in field.description:
+    text += "".join(note.text() for note in field.metadata if isinstance(note, Told))
+    if not field.is_required() and field.default not in (None, []) and "default" not in text:
         text += f"; default {flag_text(field.default)}"
     return text.replace("%", "%%")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
@@ -22,7 +22,10 @@ from pydantic import (
 )
 
 import at_fused
+from at_fused import reference
 from at_fused.visualize.paths import expand, user_path
+from trainer.choices import OneOf, Told
+from trainer.data import DATASETS
 from trainer.errors import ConfigError, did_you_mean
 from trainer.hardware import computes
 
@@ -30,6 +33,11 @@ from trainer.hardware import computes
 # training on CIFAR-10, 10 gives hints a gradient about as large as AT's, 5 to 20 times that of cross-entropy;
 # 1 gives the gradient-based terms some percent of it, growing as the loss falls.
 DEFAULT_BETA = {"hints": 10.0, "grad-at": 1.0, "symmetry": 1.0, "min-l2": 1.0}
+
+
+def _without_folder() -> str:
+    names = [name for name, data_set in DATASETS.items() if not data_set.needs_folder]
+    return f" (not needed: {', '.join(names)})"
 
 
 class Config(BaseModel):
@@ -44,16 +52,16 @@ class Config(BaseModel):
         use_attribute_docstrings=True,
     )
 
-    dataset: Literal["digits", "cifar10", "cifar100", "imagefolder", "cub"] = "cifar10"
+    dataset: Annotated[str, OneOf(lambda: DATASETS)] = "cifar10"
     """what to train on"""
-    data_dir: Path | None = None
-    """folder that contains the data set's own folder (digits needs none); of imagefolder: train and val"""
+    data_dir: Annotated[Path | None, Told(_without_folder)] = None
+    """folder that contains the data set's own folder; of imagefolder: train and val"""
     image_size: int = Field(224, ge=1)
-    """height and width of the images of imagefolder and cub"""
+    """height and width of the images of a data set of files"""
     augment: Literal["crop-flip", "flip", "none"] = "crop-flip"
     """random crops, and flips where the data allow them"""
     crop_padding: Literal["reflect", "zeros"] = "reflect"
-    """what borders the images of cifar and digits before they are cropped: their reflection, or black"""
+    """what borders the images of a data set in memory before they are cropped: their reflection, or black"""
     max_unreadable: int = Field(100, ge=0)
     """image files that may be unreadable, and are skipped, before the run ends"""
     limit_train: int | None = Field(None, ge=1)
@@ -82,11 +90,11 @@ class Config(BaseModel):
     """features compared by AT and hints: groups, blocks, convs (NIN), or names of modules in both models"""
     p: float = Field(2.0, ge=1, allow_inf_nan=False)
     """exponent of the attention map"""
-    mapping: Literal["sum", "max"] = "sum"
+    mapping: Annotated[str, OneOf(lambda: reference.MAPPINGS)] = "sum"
     """reduction over channels of the attention map"""
-    normalize: Literal["l2", "l1", "none"] = "l2"
+    normalize: Annotated[str, OneOf(lambda: [*reference.NORMS, "none"])] = "l2"
     """normalisation of the attention map"""
-    distance: Literal["mse", "norm"] = "mse"
+    distance: Annotated[str, OneOf(lambda: reference.DISTANCES)] = "mse"
     """distance of normalised maps: the authors' mean of squares, or Eq. 2 as printed"""
     norm_order: float = Field(2.0, ge=1)
     """order of the norm where distance is norm"""
@@ -155,7 +163,7 @@ class Config(BaseModel):
     backend: str = "auto"
     """backend of at_fused"""
     workers: int = Field(0, ge=0)
-    """data-loading processes per rank, of imagefolder and cub; 0 loads in the training process"""
+    """data-loading processes per rank, of a data set of files; 0 loads in the training process"""
     threads: int = Field(0, ge=0, le=2**15)
     """CPU threads per rank; 0 leaves PyTorch's choice"""
     test_batch_size: int = Field(500, ge=1)
@@ -216,7 +224,7 @@ class Config(BaseModel):
         if not (info.context and info.context["to_print"]):
             if self.needs_teacher and self.teacher_checkpoint is None:
                 raise ValueError(f"method {self.method} needs teacher-checkpoint")
-            if self.dataset != "digits" and self.data_dir is None:
+            if DATASETS[self.dataset].needs_folder and self.data_dir is None:
                 raise ValueError(f"dataset {self.dataset} needs data-dir")
         if self.skip_nonfinite and self.amp == "fp16":
             raise ValueError("skip-nonfinite is not for amp fp16, whose loss scaling skips such steps itself")

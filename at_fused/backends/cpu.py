@@ -23,6 +23,8 @@ def unavailable() -> str | None:
 
 
 def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:
+    if mapping not in ("sum", "max"):
+        return f"it serves sums and maxima over the channels, not mapping {mapping!r}"
     for feat in feats:
         if feat.device.type != "cpu":
             return f"it serves CPU tensors, not {feat.device.type}"

@@ -29,8 +29,8 @@ def unavailable() -> str | None:
 
 
 def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:
-    if mapping == "max":
-        return "it serves sums over the channels, not maxima"
+    if mapping != "sum":
+        return f"it serves sums over the channels, not mapping {mapping!r}"
     for feat in feats:
         if feat.device.type != "cuda":
             return f"it serves CUDA tensors, not {feat.device.type}"

@@ -49,6 +49,8 @@ def _version() -> tuple[int, ...]:
 
 def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:
     served = ("cpu",) if _INTERPRETED else ("cuda", "xpu")  # ROCm's devices are called cuda, too
+    if mapping not in ("sum", "max"):
+        return f"it serves sums and maxima over the channels, not mapping {mapping!r}"
     for feat in feats:
         if feat.device.type not in served:
             return f"it serves {' and '.join(served)} tensors, not {feat.device.type}"

@@ -105,24 +105,11 @@ def read_dataset(
     if size:
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
     pictures = (x * dataset.std[:, None, None] + dataset.mean[:, None, None]) / 255
-    classes = _class_names(name, data_dir, dataset)
-    labels = [classes[target] if classes else f"class {target}" for target in targets.tolist()]
+    labels = [dataset.names[target] for target in targets.tolist()]
     files = getattr(dataset.test, "paths", ())
     return Images(
-        lambda side: pictures, lambda architecture: x, labels, files, targets, classes, dataset.left_out
+        lambda side: pictures, lambda architecture: x, labels, files, targets, dataset.names, dataset.left_out
     )
-
-
-def _class_names(name: str, data_dir: str | None, dataset: Any) -> list[str] | None:
-    if name == "digits":
-        return [str(digit) for digit in range(dataset.classes)]
-    if name in ("cifar10", "cifar100"):
-        from torchvision import datasets
-
-        root = Path(str(data_dir))
-        kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-        return list(kind(root.parent if root.name == kind.base_folder else root, train=False).classes)
-    return dataset.names
 
 
 def _tensor(image: Any) -> Tensor:

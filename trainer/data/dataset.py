@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from trainer.config import Config, ConfigError
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.config import Config
 
 Batch = tuple[Tensor, Tensor]  # images (n, 3, H, W) fp32, in channels-last memory, and labels (n,) int64
 
@@ -31,10 +34,14 @@ class LabelledImages(ABC):
 
     train: Labelled
     test: Labelled
-    classes: int
+    names: list[str]  # of the classes, by label
     left_out = ""  # of the files, by their kinds, in words
     mean: Tensor  # (3,) in units of the uint8 pixels
     std: Tensor
+
+    @property
+    def classes(self) -> int:
+        return len(self.names)
 
     @abstractmethod
     def example(self) -> Tensor:

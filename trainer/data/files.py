@@ -6,13 +6,18 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from at_fused.visualize.images import LeftOut, class_folders, find_images, told
-from trainer.config import ConfigError
 from trainer.data.sampling import stratified
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+    from trainer.data.folders import FileSet
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -44,6 +49,24 @@ class Splits:
     test: Files
     names: list[str]
     left_out: LeftOut = field(default_factory=LeftOut)
+
+
+@dataclass(frozen=True)
+class ImageFolders:
+    """A data set of files, as `DATASETS` has it: `read` finds them in data-dir.
+
+    ImageNet trains on `resized_crops`, random in size and proportion, as in the authors' code; CUB on random
+    crops of the rescaled box (section 4.2.1).
+    """
+
+    read: Callable[[Path], Splits]
+    resized_crops: bool
+    needs_folder: bool = True
+
+    def load(self, config: Config, device: torch.device) -> FileSet:
+        from trainer.data import folders  # torchvision takes seconds to import: only those who ask for it pay
+
+        return folders.load(self, config, device)
 
 
 def read_folders(root: Path) -> Splits:

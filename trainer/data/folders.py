@@ -24,7 +24,7 @@ from models import torchvision_compat  # noqa: F401  (before torchvision)
 from trainer.config import Config
 from trainer.data import workers
 from trainer.data.dataset import Batch, LabelledImages, check_limits, normalise, too_many
-from trainer.data.files import Files, Splits, read_cub, read_folders
+from trainer.data.files import Files, ImageFolders, Splits
 from trainer.data.sampling import generator
 from trainer.errors import RankError
 
@@ -88,14 +88,14 @@ class FileSet(LabelledImages):
     train: Files
     test: Files
 
-    def __init__(self, config: Config, device: torch.device, splits: Splits) -> None:
+    def __init__(self, config: Config, device: torch.device, splits: Splits, *, resized_crops: bool) -> None:
         self.train, self.test, self.names = splits.train, splits.test, splits.names
-        self.classes, self.left_out = len(splits.names), images.told(splits.left_out)
+        self.left_out = images.told(splits.left_out)
         self.root = str(config.data_dir)
         self.size, self.device = config.image_size, device
         self.mean, self.std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
         self._faults = Faults(config.max_unreadable)
-        plain, augmented = transforms(config)
+        plain, augmented = transforms(config, resized_crops)
         self._train = _Loader(ImageFiles(self.train, augmented, replace=True), config.workers, device)
         self._test = _Loader(ImageFiles(self.test, plain, replace=False), config.workers, device)
 
@@ -191,16 +191,15 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Fault]]:
     )
 
 
-def transforms(config: Config) -> tuple[Callable, Callable]:
+def transforms(config: Config, resized_crops: bool) -> tuple[Callable, Callable]:
     """What is done to test images and to training images, from image to image.
 
-    Evaluation is a single centre crop. ImageNet trains on random resized crops, as the authors' code does;
-    CUB on random crops of the rescaled box (section 4.2.1). Sizes keep the proportion of 224 to 256.
+    Evaluation is a single centre crop. Sizes keep the proportion of 224 to 256.
     """
     size = config.image_size
     scaled = v2.Resize(round(size * 256 / 224))
     plain = [scaled, v2.CenterCrop(size)]
-    crop = [scaled, v2.RandomCrop(size)] if config.dataset == "cub" else [v2.RandomResizedCrop(size)]
+    crop = [v2.RandomResizedCrop(size)] if resized_crops else [scaled, v2.RandomCrop(size)]
     augmented = {
         "crop-flip": [*crop, v2.RandomHorizontalFlip()],
         "flip": [*plain, v2.RandomHorizontalFlip()],
@@ -209,11 +208,10 @@ def transforms(config: Config) -> tuple[Callable, Callable]:
     return v2.Compose(plain), v2.Compose(augmented)
 
 
-def load(config: Config, device: torch.device) -> FileSet:
-    """The data set of `config`. Missing or inconsistent folders: ConfigError naming what is expected."""
-    root = Path(str(config.data_dir))
-    splits = (read_cub if config.dataset == "cub" else read_folders)(root)
+def load(data_set: ImageFolders, config: Config, device: torch.device) -> FileSet:
+    splits = data_set.read(Path(str(config.data_dir)))
     check_limits(config, len(splits.train), len(splits.test))
     train = splits.train.subset(config.limit_train, config.seed)
     test = splits.test.subset(config.limit_test, 0)
-    return FileSet(config, device, replace(splits, train=train, test=test))
+    splits = replace(splits, train=train, test=test)
+    return FileSet(config, device, splits, resized_crops=data_set.resized_crops)

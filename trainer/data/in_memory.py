@@ -7,16 +7,19 @@ them again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trainer.config import Config, ConfigError
 from trainer.data.dataset import Batch, LabelledImages, check_limits, normalise
 from trainer.data.sampling import generator, stratified
+
+if TYPE_CHECKING:
+    from trainer.config import Config
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,21 @@ class Split:
         return Split(self.images[chosen], self.labels[chosen])
 
 
+class Splits(NamedTuple):
+    """The training and the test images, and the names of their classes."""
+
+    train: Split
+    test: Split
+    names: list[str]
+
+
 @dataclass(frozen=True)
 class ImageSet(LabelledImages):
     """A data set and how it is augmented: `pad` pixels of border for random crops, and random flips."""
 
     train: Split
     test: Split
-    classes: int
+    names: list[str]
     mean: Tensor
     std: Tensor
     pad: int
@@ -64,6 +75,35 @@ class ImageSet(LabelledImages):
 
 
 @dataclass(frozen=True)
+class InMemory:
+    """A data set of this kind, as `DATASETS` has it: `read` finds it in data-dir, the rest is as in ImageSet.
+
+    `mean` and `std` are those of its training pixels, 0 to 255.
+    """
+
+    read: Callable[[Path | None], Splits]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pad: int
+    flip: bool
+    needs_folder: bool = True
+
+    def load(self, config: Config, device: torch.device) -> ImageSet:
+        train, test, names = self.read(config.data_dir)
+        check_limits(config, len(train), len(test))
+        return ImageSet(
+            train=train.subset(config.limit_train, config.seed).to(device),
+            test=test.subset(config.limit_test, 0).to(device),
+            names=names,
+            mean=torch.tensor(self.mean, device=device),
+            std=torch.tensor(self.std, device=device),
+            pad=self.pad if config.augment == "crop-flip" else 0,
+            flip=self.flip and config.augment != "none",
+            padding=config.crop_padding,
+        )
+
+
+@dataclass(frozen=True)
 class EpochPlan:
     """Order of one epoch's images and the augmentation of each: every field (N,), by place in the order."""
 
@@ -71,23 +111,6 @@ class EpochPlan:
     down: Tensor  # crop offset in 0..2*pad
     right: Tensor
     flip: Tensor
-
-
-def load(config: Config, device: torch.device) -> ImageSet:
-    """CIFAR or the digits. Missing or damaged files: ConfigError naming what is expected."""
-    train, test, classes, mean, std = _load_digits() if config.dataset == "digits" else _load_cifar(config)
-    check_limits(config, len(train), len(test))
-    pad, flip = {"digits": (2, False)}.get(config.dataset, (4, True))
-    return ImageSet(
-        train=train.subset(config.limit_train, config.seed).to(device),
-        test=test.subset(config.limit_test, 0).to(device),
-        classes=classes,
-        mean=torch.tensor(mean, device=device),
-        std=torch.tensor(std, device=device),
-        pad=pad if config.augment == "crop-flip" else 0,
-        flip=flip and config.augment != "none",
-        padding=config.crop_padding,
-    )
 
 
 def plan_epoch(dataset: ImageSet, seed: int, epoch: int) -> EpochPlan:
@@ -146,52 +169,3 @@ def augment(
 def _reflect(position: Tensor, size: int) -> Tensor:
     """Mirror positions beyond an edge back inside, the edge itself not repeated."""
     return size - 1 - (size - 1 - position.abs()).abs()
-
-
-def _load_digits() -> tuple[Split, Split, int, list[float], list[float]]:
-    """scikit-learn's 1,797 digits: 8x8 grey levels 0..16, bilinearly enlarged to 16x16, in 3 equal channels.
-
-    1,000 images train and 797 test, the same ones always, each class in proportion.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    grey = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
-    grey = torch.nn.functional.interpolate(grey, scale_factor=2, mode="bilinear", align_corners=False)
-    images = grey.round().to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
-    labels = torch.tensor(digits.target, dtype=torch.int64)
-    train, test = train_test_split(
-        torch.arange(len(labels)).numpy(), train_size=1000, stratify=digits.target, random_state=0
-    )
-    return Split(images[train], labels[train]), Split(images[test], labels[test]), 10, [77.8] * 3, [81.1] * 3
-
-
-def _load_cifar(config: Config) -> tuple[Split, Split, int, list[float], list[float]]:
-    """CIFAR-10 or CIFAR-100, as torchvision reads and verifies them, and the pixels' mean and deviation."""
-    from models import torchvision_compat  # noqa: F401  (before torchvision)
-
-    # isort: split
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    kind = CIFAR100 if config.dataset == "cifar100" else CIFAR10
-    root = Path(str(config.data_dir))
-    if root.name == kind.base_folder:
-        root = root.parent
-    folder = root / kind.base_folder
-    files = ", ".join(name for name, _ in (*kind.train_list, *kind.test_list))
-    if not folder.is_dir():
-        raise ConfigError(f"data-dir {root}: no folder {kind.base_folder} (expected there: {files})")
-    try:
-        parts = [kind(str(root), train=train, download=False) for train in (True, False)]
-    except Exception as error:  # torchvision raises RuntimeError, pickle and OSError raise their own
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(
-            f"data-dir {root}: {kind.base_folder} is incomplete or damaged (expected: {files}; {reason})"
-        ) from None
-    # torchvision transposes its images from channels-first, and leaves it at the strides
-    pixels = [torch.from_numpy(part.data).contiguous() for part in parts]
-    train, test = (Split(x, torch.tensor(part.targets)) for x, part in zip(pixels, parts, strict=True))
-    if config.dataset == "cifar100":
-        return train, test, 100, [129.3, 124.1, 112.4], [68.2, 65.4, 70.4]
-    return train, test, 10, [125.3, 123.0, 113.9], [63.0, 62.1, 66.7]
