@@ -385,8 +385,9 @@ def test_one_rank_speaks_for_all_but_of_its_own(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="workers tell signals apart on Linux")
-def test_a_signal_to_the_whole_group_stops_the_run_alone(tmp_path: Path) -> None:
-    """As torchrun and Slurm send it: the loading processes go on until the checkpoint is written."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_stops_the_run_alone(number: signal.Signals, tmp_path: Path) -> None:
+    """As torchrun, Slurm and a terminal that closes send it: the loading processes go on until the checkpoint is written."""
     make_folders(tmp_path / "images", train=40)
     keys = {"dataset": "imagefolder", "data-dir": tmp_path / "images", "image-size": 16, "workers": 2}
     values = KEYS | keys | {"limit-test": 3, "epochs": 10**6, "batch-size": 4, "output-dir": tmp_path / "run"}
@@ -402,10 +403,10 @@ def test_a_signal_to_the_whole_group_stops_the_run_alone(tmp_path: Path) -> None
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / checkpoint.LATEST).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     output, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, error
-    assert "stopped by signal 15 at step" in output
+    assert process.returncode == 128 + number, error
+    assert f"stopped by signal {int(number)} at step" in output
     assert error == ""
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # nobody is left
