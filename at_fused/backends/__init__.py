@@ -58,9 +58,14 @@ def available_backends() -> tuple[str, ...]:
 def select(backend: str, feats: Sequence[Tensor], p: float, mapping: str) -> str:
     """Resolves "auto" to the best backend for `feats`, or checks the named one.
 
+    In a graph of torch.compile or torch.export, the best for a sum over channels is the reference: the
+    compiler joins the plain formula to the kernels around it, and keeps no feature for an operator to read.
+
     Raises:
         BackendError: the named backend is unavailable or can't serve these features.
     """
+    if backend == "auto" and mapping == "sum" and torch.compiler.is_compiling():
+        return "reference"
     for name in _available if backend == "auto" else (backend,):
         if name == "reference":
             return name
