@@ -43,22 +43,32 @@ class AttentionTransfer:
     map, and the student's gradient is added to that of the next layer in one pass.
 
     Args:
-        student, teacher: any modules. For a model under DistributedDataParallel or torch.compile, give the
-            original module it wraps. A teacher that runs under `no_grad` gets no gradient.
+        student: any module. For a model under DistributedDataParallel or torch.compile, give the original
+            module it wraps.
+        teacher: the same; under `no_grad` it gets no gradient. With None, each call is given its maps.
         names: the student's features, as for `FeatureTaps`; or {student's name: teacher's name}.
         t_names: the teacher's, in the same order; None: the same names.
         p: exponent of the maps, a real number >= 1.
         beta: factor of the whole loss. A plain attribute: assign to it to schedule it.
         weights: one factor per pair; None means 1 for each.
-        mapping, normalize, distance, norm_order, reduction, resize, eps, backend: as for `attention_loss`.
+        mapping: "sum" (F_sum^p) or "max" (F_max^p).
+        normalize: "l2", "l1", or None, over each sample's positions.
+        distance: "mse" (the authors' code: beta = 1000) or "norm" (Eq. 2: beta / 2).
+        norm_order: q >= 1 of distance="norm".
+        reduction: "sum" over pairs, or "none".
+        resize: "bilinear" or "nearest" to interpolate the teacher's maps to the student's sizes, or "error".
         channel_dim: dimension of the channels in the student's features, one for all or one per pair.
         t_channel_dim: the same for the teacher's; None: as the student's.
+        eps: lower bound of the norms.
+        backend: "auto", or one of `available_backends()`.
 
     Attributes:
         losses: {student's name: its weighted term, beta included, detached} of the last call.
 
     A call, `transfer()`, uses up one forward pass of each model and returns a scalar, or (n_pairs,) with
-    reduction="none", in fp32 (fp64 if a feature is fp64). Hooks live from construction until the `with` block
+    reduction="none", in fp32 (fp64 if a feature is fp64). `transfer(teacher_maps)` compares with given maps
+    (B, *spatial) instead, one per pair, of any float dtype, normalised or not, as `attention_map` returns
+    them: so a teacher can run once, and its maps be kept. Hooks live from construction until the `with` block
     ends, or until `close()`; a copy of a model is not tapped.
 
     Raises:
@@ -72,7 +82,7 @@ class AttentionTransfer:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         names: Iterable[str] | Mapping[str, str],
         t_names: Iterable[str] | None = None,
         p: float = 2,
@@ -118,6 +128,7 @@ class AttentionTransfer:
         s_dims = _per_pair("channel_dim", channel_dim, count)
         t_dims = s_dims if t_channel_dim is None else _per_pair("t_channel_dim", t_channel_dim, count)
         options = float(p), mapping, backend
+        self._has_teacher = teacher is not None
         self._student = ModelTaps(student, s_names, _TakeMap(s_names, s_dims, *options))
         try:
             self._teacher = ModelTaps(teacher, t_names, _TakeMap(t_names, t_dims, *options))
@@ -138,9 +149,19 @@ class AttentionTransfer:
         }
         self._warned: set[str] = set()
 
-    def __call__(self) -> Tensor:
-        """The loss of the latest forward pass of each model; both are used up."""
-        students, teachers = self._taken("student", self._student), self._taken("teacher", self._teacher)
+    def __call__(self, teacher_maps: Sequence[Tensor] | None = None) -> Tensor:
+        """The loss of the latest forward pass of each model; both are used up.
+
+        Args:
+            teacher_maps: what to compare the student with instead of the teacher's pass.
+        """
+        students = self._taken("student", self._student)
+        if teacher_maps is not None:
+            teachers = self._given(teacher_maps, students)
+        elif self._has_teacher:
+            teachers = self._taken("teacher", self._teacher)
+        else:
+            raise RuntimeError("this transfer has no teacher: give its maps, transfer(teacher_maps)")
         for pair in zip(self._student.names, self._teacher.names, students, teachers, strict=True):
             self._check(*pair)
         losses = self._compare(students, teachers)
@@ -170,6 +191,22 @@ class AttentionTransfer:
                 )
             maps.append(taken.attention)
         return maps
+
+    def _given(self, maps: Sequence[Tensor], students: Sequence[Tensor]) -> list[Tensor]:
+        """Given maps in the dtypes of the student's."""
+        if isinstance(maps, Tensor) or not isinstance(maps, Sequence):
+            raise TypeError(f"teacher_maps must be a sequence of maps, one per pair, got {described(maps)}")
+        if len(maps) != len(students):
+            raise ValueError(
+                f"teacher_maps must have one map per pair: got {len(maps)} for {len(students)} pairs"
+            )
+        for name, given in zip(self._teacher.names, maps, strict=True):
+            if not isinstance(given, Tensor) or not given.is_floating_point() or given.ndim < 2:
+                raise TypeError(
+                    f"teacher_maps: the map for {name!r} must be a floating-point tensor (B, *spatial), got "
+                    f"{described(given, dtype=True)}"
+                )
+        return [given.to(student.dtype) for given, student in zip(maps, students, strict=True)]
 
     def _check(self, s_name: str, t_name: str, student: Tensor, teacher: Tensor) -> None:
         """Raise what keeps two maps (B, *spatial) from being compared."""
@@ -231,16 +268,17 @@ class AttentionTransfer:
 
     def __reduce__(self) -> Any:
         """A copy, or a pickle, taps the copies of the models that come with it."""
-        models = (None, None) if self._student.closed else (self._student.model(), self._teacher.model())
-        return _copied, (*models, {**self._options, "beta": self.beta})
+        models: list[nn.Module | None] = [] if self._student.closed else [self._student.model()]
+        if models and self._has_teacher:
+            models.append(self._teacher.model())
+        return _copied, (models, {**self._options, "beta": self.beta})
 
 
-def _copied(
-    student: nn.Module | None, teacher: nn.Module | None, options: dict[str, Any]
-) -> AttentionTransfer:
-    if is_complete(student) and is_complete(teacher):
-        return AttentionTransfer(student, teacher, **options)  # type: ignore[arg-type]
-    return AttentionTransfer(None, None, **options)  # type: ignore[arg-type]  # closed
+def _copied(models: list[nn.Module | None], options: dict[str, Any]) -> AttentionTransfer:
+    student, teacher = [*models, None, None][:2]
+    if not all(is_complete(model) for model in models):
+        student = None  # closed
+    return AttentionTransfer(student, teacher if student else None, **options)  # type: ignore[arg-type]
 
 
 class _Map(NamedTuple):

@@ -162,7 +162,7 @@ def _host_overhead(rows: Sequence[Row]) -> float | None:
 
 
 def _step_cost(rows: Sequence[Row]) -> float | None:
-    return _greatest([row["cost_percent"] for row in rows if "ours" in row.get("step", "")])
+    return _greatest([row["cost_percent"] for row in rows if row.get("step") == "AttentionTransfer"])
 
 
 GOALS = (

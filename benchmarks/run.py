@@ -27,7 +27,7 @@ from benchmarks.workloads import (
     sweep_cells,
 )
 
-ROUNDS = {"loss": 50, "scaling": 20, "step": 60, "memory": 1, "trainer": 9, "footprint": 1}
+ROUNDS = {"loss": 50, "scaling": 20, "step": 40, "memory": 1, "trainer": 9, "footprint": 1}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -36,7 +36,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--out", type=user_path, required=True, help="folder for the results")
     parser.add_argument(
-        "--rounds", type=int, help="times each contender runs (loss 50, scaling 20, step 60, trainer 9)"
+        "--rounds", type=int, help="times each contender runs (loss 50, scaling 20, step 40, trainer 9)"
     )
     parser.add_argument("--batch", type=int, help="another batch size than the real one")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
@@ -194,15 +194,16 @@ def _sweeps(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def run_step(options: argparse.Namespace, device: torch.device) -> str:
-    from benchmarks import step_suite
+    from benchmarks import step_probe, step_suite
 
-    setting = step_suite.SETTINGS[device.type]
+    setting = step_probe.SETTINGS[device.type]
     batch = options.batch or setting.batch
-    print(f"step: {options.rounds} rounds at batch {batch}", flush=True)
-    rows = step_suite.measure(batch, device, options.rounds)
+    processes = 1 if options.quick else step_suite.PROCESSES
+    print(f"step: {processes} processes of {options.rounds} rounds at batch {batch}", flush=True)
+    rows = step_suite.measure(batch, device, options.rounds, processes)
     machine = report.describe_machine(device)
     title = f"Training step {setting.student} ← {setting.teacher}, batch {batch}, bf16, channels_last"
-    page = report.markdown(title, machine, [report.Table("Steps", *step_suite.table(rows))])
+    page = report.markdown(title, machine, step_suite.tables(rows))
     report.write(options.out, f"step-{device.type}", page, rows, {"machine": machine})
     return page
 

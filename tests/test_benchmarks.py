@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from benchmarks import (
     providers,
     report,
     run,
+    step_probe,
     step_suite,
     timing,
 )
@@ -491,7 +493,7 @@ def test_goals_take_the_worst_cell_of_the_best_backend() -> None:
         row("small", "ours-a", 0.020, **graph, workload="cifar"),
         row("two", "ours-a", 0.010, **graph, workload="cifar"),
         row("small", "ours-a", 0.120, workload="cifar"),
-        {"step": "AT, ours", "cost_percent": 0.7},
+        {"step": "AttentionTransfer", "cost_percent": 0.7},
     ]
     lines = {goal.text: goal.line(rows)[2:] for goal in predictions.GOALS}
     found = [tuple(line) for line in lines.values()]
@@ -576,31 +578,74 @@ def test_quick_scaling_run(tmp_path: Path) -> None:
     assert (tmp_path / "scaling-cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-def test_quick_step_run(tmp_path: Path) -> None:
+def test_quick_step_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = step_probe.SETTINGS["cpu"]
+    monkeypatch.setitem(step_probe.SETTINGS, "cpu", dataclasses.replace(setting, size=8))
+    monkeypatch.setattr(step_probe, "in_a_process", step_probe.measure)
+    compile_ = torch.compile  # for its graphs, not for their code
+    monkeypatch.setattr(
+        torch, "compile", lambda run, **options: compile_(run, backend="aot_eager", **options)
+    )
     assert run.main(["--suite", "step", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "step-cpu.json").read_text())
-    assert [row["step"] for row in result["rows"]] == list(step_suite.terms())
-    assert result["rows"][0]["cost_percent"] == 0
-    assert all(row["images_per_second"] == pytest.approx(2e3 / row["median_ms"]) for row in result["rows"])
+    rows = json.loads((tmp_path / "step-cpu.json").read_text())["rows"]
+    assert [(row["mode"], row["step"]) for row in rows] == [
+        (mode, step) for mode in step_probe.MODES for step in step_probe.TERMS
+    ]
+    assert all(row["cost_percent"] == 0 for row in rows if row["step"] == "without AT")
+    assert all(row["peak_bytes"] > 0 for row in rows)
+    assert all(row["images_per_second"] == pytest.approx(2e3 / row["median_ms"]) for row in rows)
 
 
-@pytest.mark.slow
-def test_step_of_the_gpu_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = step_suite.SETTINGS["cuda"]
+def test_step_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = [{"mode": "eager", "step": "without AT", "median_ms": 2.0, "ratio": 1.0, "peak_bytes": 4}]
+    done = subprocess.CompletedProcess([], 0, stdout="noise\n" + json.dumps(answer), stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: done)
+    assert step_probe.in_a_process(2, CPU, 1) == answer
+    monkeypatch.setattr(
+        subprocess, "run", lambda *a, **k: subprocess.CompletedProcess([], 1, stdout="", stderr="x\nKilled")
+    )
+    with pytest.raises(RuntimeError, match="step: Killed"):
+        step_probe.in_a_process(2, CPU, 1)
+
+
+def test_steps_are_medians_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([(10.0, 1.00), (12.0, 1.06), (11.0, 1.02)])
+
+    def one(batch: int, device: torch.device, rounds: int) -> list[dict]:
+        time, ratio = next(measured)
+        return [{"mode": "eager", "step": "s", "median_ms": time, "ratio": ratio, "peak_bytes": 7}]
+
+    monkeypatch.setattr(step_probe, "in_a_process", one)
+    (row,) = step_suite.measure(22, CPU, 5, 3)
+    assert (row["median_ms"], row["least_ms"], row["most_ms"]) == (11.0, 10.0, 12.0)
+    assert row["cost_percent"] == pytest.approx(2)
+    assert (row["least_cost_percent"], row["most_cost_percent"]) == (pytest.approx(0), pytest.approx(6))
+    assert row["images_per_second"] == 2000
+
+
+def test_the_terms_of_the_step_are_the_same_loss() -> None:
+    """Every form gives the authors' loss on the same networks and images, and trains the same student."""
+    gradients = {}
+    for name, make in step_probe.TERMS.items():
+        if make is None:
+            continue
+        torch.manual_seed(0)
+        student, teacher = models.create("wrn-16-1", 10), models.create("wrn-16-2", 10).eval()
+        term = make(student, teacher)
+        images = torch.randn(2, 3, 16, 16)
+        with torch.no_grad():
+            teacher(images)
+        student(images)
+        value = term()
+        value.backward()
+        gradients[name] = value.detach(), student.get_submodule("conv").weight.grad.clone()
+    for name, found in gradients.items():
+        torch.testing.assert_close(found, gradients["authors' form"], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_step_of_the_gpu_setting() -> None:
+    setting = step_probe.SETTINGS["cuda"]
     assert (setting.student, setting.teacher, setting.batch) == ("resnet-18", "resnet-34", 256)
-    monkeypatch.setitem(step_suite.SETTINGS, "cpu", dataclasses.replace(setting, size=32))
-    rows = step_suite.measure(2, CPU, 1)
-    assert [row["step"] for row in rows] == list(step_suite.terms())
-
-
-def test_attention_terms_of_the_step_are_the_same_loss() -> None:
-    students, teachers = pick("cifar-nchw-fp32").make(CPU)
-    plain, ours, eager = step_suite.terms().values()
-    assert plain is None
-    assert ours is not None
-    assert eager is not None
-    torch.testing.assert_close(ours(students, teachers), eager(students, teachers))
 
 
 @pytest.mark.parametrize(

@@ -624,6 +624,78 @@ def test_tokens_against_maps_have_a_channel_dim_per_side() -> None:
         torch.testing.assert_close(transfer(), 1000 * right)
 
 
+# --- maps in place of a teacher ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+@pytest.mark.parametrize("normalize", [None, "l2"])
+def test_given_maps_are_compared_instead_of_a_teachers(normalize: str | None, with_teacher: bool) -> None:
+    student, teacher = networks()
+    images, targets = batch()
+    with at_fused.FeatureTaps(teacher, NAMES) as taps, torch.no_grad():
+        teacher(images)
+        maps = [at_fused.attention_map(feature, normalize=normalize) for feature in taps.features]
+    with at_fused.AttentionTransfer(student, teacher if with_teacher else None, NAMES) as transfer:
+        logits = student(images)
+        term = transfer(maps)
+        got = term.detach(), gradients(F.cross_entropy(logits, targets) + term, student)
+        assert_same(got, expected())
+        with pytest.raises(RuntimeError, match=r"student: .*has not reached"):
+            transfer(maps)
+        student(images)
+        missing = (
+            "teacher: this model"
+            if with_teacher
+            else r"has no teacher: give its maps, transfer\(teacher_maps\)"
+        )
+        with pytest.raises(RuntimeError, match=missing):
+            transfer()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_maps_kept_in_half_precision(dtype: torch.dtype) -> None:
+    """Each value is rounded: a normalised map changes by at most one rounding, and so does the distance."""
+    student, teacher = networks(torch.float32)
+    images, _ = batch(torch.float32)
+    with at_fused.FeatureTaps(teacher, NAMES) as taps, torch.no_grad():
+        teacher(images)
+        maps = [at_fused.attention_map(feature, normalize="l2") for feature in taps.features]
+        with at_fused.AttentionTransfer(student, None, NAMES, reduction="none") as transfer:
+            student(images)
+            exact = transfer(maps)
+            student(images)
+            rounded = transfer([attention.to(dtype) for attention in maps])
+    # |√loss' − √loss| ≤ √mean (change of a unit vector)² ≤ rounding / √positions
+    positions = torch.tensor([attention[0].numel() for attention in maps])
+    bound = torch.finfo(dtype).eps * (1000 / positions).sqrt()
+    assert ((rounded.sqrt() - exact.sqrt()).abs() <= bound).all()
+    assert (rounded != exact).any()
+
+
+def test_wrong_maps() -> None:
+    student, _ = networks()
+    images, _ = batch()
+    right = [torch.rand(6, side, side) for side in (16, 8, 4)]
+    with at_fused.AttentionTransfer(student, None, NAMES) as transfer, torch.no_grad():
+        for error, message, maps in (
+            (TypeError, "sequence of maps, one per pair", right[0]),
+            (ValueError, "got 1 for 3 pairs", right[:1]),
+            (
+                TypeError,
+                r"'layer2' must be a floating-point tensor.*int64 \(6, 8, 8\)",
+                [right[0], right[1].long(), right[2]],
+            ),
+            (
+                RuntimeError,
+                r"'layer1' \(6, 16, 16\) and 'layer1' \(5, 16, 16\), differ in batch size",
+                [r[:5] for r in right],
+            ),
+        ):
+            student(images)
+            with pytest.raises(error, match=message):
+                transfer(maps)
+
+
 # --- arguments --------------------------------------------------------------------------------------
 
 
