@@ -126,6 +126,7 @@ def measure(batch: int, device: torch.device, rounds: int) -> list[dict[str, Any
     """By mode and name: median milliseconds, the median over rounds of the time over that without AT, and the
     most bytes that a step holds."""
     found = []
+    torch._dynamo.config.recompile_limit = 64  # the steps are one function, compiled for each
     for mode in MODES:
         torch._dynamo.reset()
         contenders = [timing.Contender(name, training_step(name, mode, batch, device)) for name in TERMS]

@@ -578,6 +578,7 @@ def test_quick_scaling_run(tmp_path: Path) -> None:
     assert (tmp_path / "scaling-cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_quick_step_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = step_probe.SETTINGS["cpu"]
     monkeypatch.setitem(step_probe.SETTINGS, "cpu", dataclasses.replace(setting, size=8))
