@@ -387,7 +387,7 @@ def test_one_rank_speaks_for_all_but_of_its_own(
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="workers tell signals apart on Linux")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_stops_the_run_alone(number: signal.Signals, tmp_path: Path) -> None:
-    """As torchrun, Slurm and a terminal that closes send it: the loading processes go on until the checkpoint is written."""
+    """As torchrun, Slurm and a closed terminal send it: loading goes on until the checkpoint is written."""
     make_folders(tmp_path / "images", train=40)
     keys = {"dataset": "imagefolder", "data-dir": tmp_path / "images", "image-size": 16, "workers": 2}
     values = KEYS | keys | {"limit-test": 3, "epochs": 10**6, "batch-size": 4, "output-dir": tmp_path / "run"}
