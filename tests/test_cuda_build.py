@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import random
 import re
@@ -12,13 +13,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import sass
 import torch
 from cases import LAYOUTS, name_of
 from wheels import ROOT, build_wheel, lines_about_us, packaged
 
 from at_fused.backends import cuda
 
+
+def triton_folders() -> list[str]:
+    """Where Triton is: its wheels bring the disassembler along."""
+    spec = importlib.util.find_spec("triton")
+    return list(spec.submodule_search_locations or []) if spec else []
+
+
 NVCC = shutil.which("nvcc")
+SEARCH = [os.environ.get("PATH", ""), *(f"{path}/backends/nvidia/bin" for path in triton_folders())]
+NVDISASM = shutil.which("nvdisasm", path=os.pathsep.join(SEARCH))
 SOURCES = ROOT / "csrc" / "cuda"
 KERNELS = ("loss_kernel", "maps_kernel", "backward_kernel")
 POWERS = ("Power1", "Power2", "Power4", "PowerAny")
@@ -59,14 +70,66 @@ def test_local_memory_is_noticed(tmp_path: Path) -> None:
     assert list(registers(log)) == ["_Z6kernelPfi sm_90"]
 
 
+@pytest.fixture(scope="module", params=["sm_80", "sm_90a", "sm_100"])
+def power2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What ptxas says of the kernels for p = 2 on an architecture, and their machine code."""
+    cubin = tmp_path_factory.mktemp(request.param) / "power2.cubin"
+    log = nvcc(SOURCES / "power2.cu", f"-arch={request.param}", "-Xptxas=-v", "-cubin", "-o", str(cubin))
+    return log, cubin
+
+
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_100", "sm_120"])
+def test_two_blocks_share_a_multiprocessor(power2: tuple[str, Path]) -> None:
+    """No spills within the 72 registers that two blocks of 416 threads may have."""
+    log, _ = power2
+    assert wasteful(log) == []
+    assert len(registers(log)) == 4
+    assert max(registers(log).values()) <= 72
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_120"])
 def test_no_spills_on_other_architectures(architecture: str, tmp_path: Path) -> None:
     cubin = str(tmp_path / "power2.cubin")
     log = nvcc(SOURCES / "power2.cu", f"-arch={architecture}", "-Xptxas=-v", "-cubin", "-o", cubin)
     assert wasteful(log) == []
     assert len(registers(log)) == 4
+
+
+# Instructions per 16-byte vector, over all channels-last widths and both forms: docs/kernels.md.
+BUDGET = {
+    "channels-last map": 45,
+    "channels-last map, staged": 48,
+    "channels-last gradient": 40,
+    "channels-last gradient, staged": 36,
+    "channels-first map": 24,
+    "channels-first map, staged": 26,
+    "channels-first gradient": 33,
+    "channels-first gradient, staged": 32,
+}
+
+
+@needs_nvcc
+@pytest.mark.skipif(NVDISASM is None, reason="needs nvdisasm, on the PATH or in Triton's package")
+@pytest.mark.slow
+def test_instructions_are_within_their_budget(power2: tuple[str, Path]) -> None:
+    """Memory must limit the kernels: not the issue of instructions, nor fp64 where it is 64 times as slow."""
+    _, cubin = power2
+    listing = subprocess.run(
+        [str(NVDISASM), "-c", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    counted: dict[str, float] = {}
+    for name, kernel in sass.kernels(listing).items():
+        for walk, cost in sass.budget(kernel).items():
+            counted[walk] = max(cost, counted.get(walk, 0))
+        if "loss_kernel" in name:
+            assert 10 < sass.fp64(kernel) < 30, name
+    assert set(counted) == {f"{dtype} {walk}" for dtype in ("bf16", "fp16", "fp32") for walk in BUDGET}
+    over = {walk: cost for walk, cost in counted.items() if cost > BUDGET[walk.split(" ", 1)[1]]}
+    assert not over
+    assert min(counted.values()) > 6, "counts what it should: a load, four additions, the loop"
 
 
 @needs_nvcc

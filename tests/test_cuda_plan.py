@@ -67,7 +67,9 @@ def test_two_passes_elsewhere(layout: torch.memory_format) -> None:
     large = features(RESNET_50, 64, layout=layout)
     assert not cuda.ahead(large, large, 2), "no cluster holds a sample twice per multiprocessor"
     students = features(RESNET_18, 256, layout=layout)
-    backend.set_device(major=8, multiprocessors=108, shared_per_multiprocessor=164 << 10, l2=40 << 20)
+    backend.set_device(
+        cluster_launch=False, multiprocessors=108, shared_per_multiprocessor=164 << 10, l2=40 << 20
+    )
     assert not cuda.ahead(students, students, 2), "an A100 has no clusters"
     last = features(RESNET_18[3:], 2048, layout=layout)
     assert cuda.ahead(last, last, 2), "and needs none for 50 KB"
@@ -80,3 +82,86 @@ def test_the_last_upstream_gradient_decides() -> None:
         loss = at_fused.attention_loss(student, torch.ones(1, 1, 2, 2), backend="cuda")
         loss.backward(torch.tensor(upstream))
         assert cuda.ahead(students, students, 2) == (upstream == 1)
+
+
+# --- blocks that share a sample ---------------------------------------------------------------------------
+
+
+def few_large_samples() -> tuple[Tensor, float]:
+    """A case whose samples are shared where that is possible, and its loss."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 64, 16, 32), torch.randn(2, 64, 16, 32)
+    maps = [torch.nn.functional.normalize(x.double().square().sum(1).flatten(1)) for x in (student, teacher)]
+    loss = at_fused.attention_loss(student, teacher, backend="cuda")
+    return loss, (maps[0] - maps[1]).square().mean()
+
+
+@pytest.mark.parametrize(
+    "device, team",
+    [
+        ({}, 8),
+        ({"blocks_per_cluster": 1}, 1),  # a slice of a GPU (MIG, MPS) with no room for a cluster
+        ({"cluster_launch": False}, 1),  # an A100
+        ({"ptx_version": 80, "binary_version": 90}, 1),  # Hopper, by code the driver made of PTX for 8.0
+        ({"ptx_version": 80, "binary_version": 80}, 1),
+        ({"ptx_version": 90, "binary_version": 100}, 8),  # PTX for 9.0 on Blackwell
+    ],
+)
+def test_clusters_only_where_the_code_that_runs_has_them(device: dict[str, int], team: int) -> None:
+    backend.set_device(**device)
+    loss, expected = few_large_samples()
+    assert backend.last_cluster() == team
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("room", [2, 4])
+def test_clusters_as_large_as_there_is_room_for(room: int) -> None:
+    students = features(RESNET_18[:1], 1)
+    backend.set_device(blocks_per_cluster=room, shared_per_multiprocessor=64 << 10, l2=0)
+    at_fused.attention_loss([s.zero_() for s in students], students, backend="cuda", eps=1.0)
+    assert backend.last_cluster() == room
+
+
+# --- what a call costs besides its kernels ----------------------------------------------------------------
+
+
+def test_kernels_are_readied_once() -> None:
+    few_large_samples()
+    before = backend.calls("cudaFuncSetAttribute")
+    few_large_samples()
+    assert backend.calls("cudaFuncSetAttribute") == before
+    backend.set_device()  # another one
+    few_large_samples()
+    assert backend.calls("cudaFuncSetAttribute") == before + 2, "both forms of the loss, of one power"
+
+
+def test_no_memset_but_in_a_graph() -> None:
+    """Launches of a stream pass a counter on; a graph, which may run beside its stream, has its own."""
+    before = backend.calls("cudaMemsetAsync")
+    expected, _ = few_large_samples()
+    pairs = [torch.ones(1, 1, 2, 2)] * 40  # of several launches
+    at_fused.attention_loss(pairs, pairs, backend="cuda")
+    assert backend.calls("cudaMemsetAsync") == before
+    backend.set_device(capturing=True)
+    assert torch.equal(few_large_samples()[0], expected)
+    assert backend.calls("cudaMemsetAsync") == before + 1
+
+
+def test_backward_that_has_nothing_to_do_is_small() -> None:
+    """The gradients came with the loss: two blocks per multiprocessor look whether they are right."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(64, 64, 8, 8, requires_grad=True), torch.randn(64, 64, 8, 8)
+    backend.set_device(multiprocessors=3, l2=0)
+    grads = []
+    for scale in (1.0, 3.0):  # right, and made so by the same blocks
+        cuda._last_was_one.fill_(1)
+        loss = at_fused.attention_loss(student, teacher, backend="cuda")
+        grads.append(torch.autograd.grad(loss * scale, student)[0])
+        assert backend.last_grid() == 6
+    backend.set_device(multiprocessors=3)
+    loss = at_fused.attention_loss(student, teacher, backend="cuda")
+    assert torch.equal(torch.autograd.grad(loss * 3, student)[0], grads[1])
+    assert backend.last_grid() > 6
+    assert torch.equal(
+        torch.autograd.grad(at_fused.attention_loss(student, teacher, backend="cuda"), student)[0], grads[0]
+    )

@@ -258,7 +258,7 @@ def test_rows_longer_than_a_block_is_wide(layout) -> None:
 @pytest.mark.usefixtures("stream")
 def test_a_cluster_of_several_samples() -> None:
     """Small samples and idle blocks fill the clusters that a large sample needs."""
-    backend.set_device(shared_per_multiprocessor=36 << 10, l2=0)
+    backend.set_device(shared_per_multiprocessor=37 << 10, l2=0)
     sizes = [(24, 16, 20), (8, 7, 7), (8, 4, 4)]
     s_feats = [feature(3, *size, seed=1) for size in sizes]
     t_feats = [feature(3, *size, seed=2) for size in sizes]

@@ -14,7 +14,6 @@ from .._tracing import constant
 from ._library import load
 
 _LIBRARY = Path(__file__).parent.parent / "_cuda.so"
-_MAX_PAIRS = 16  # per launch, as in csrc/cuda/feature.cuh
 
 
 def unavailable() -> str | None:
@@ -119,8 +118,7 @@ def attention_loss(
     loss, slopes, grads = empty_loss_outputs(
         students, teachers, reduce, student_slopes, teacher_slopes, student_grads
     )
-    # Partial sums of the samples, and a counter for each launch.
-    size = sum(len(student) for student in students) + -(-len(students) // _MAX_PAIRS)
+    size = sum(len(student) for student in students) + 1  # the samples' partial sums, and room for a counter
     workspace = torch.empty(size, dtype=torch.float64, device=loss.device)
     torch.ops.at_fused_cuda.attention_loss(
         students, teachers, weights, loss, slopes, grads, workspace, p, eps, student_slopes, teacher_slopes

@@ -11,6 +11,8 @@ namespace at_fused::cuda {
 constexpr int threads = 416;     // per block, in every kernel
 constexpr int max_pairs = 16;    // per launch: kernel parameters may take 4 KB
 constexpr int max_features = 32;
+constexpr int max_counters = 4096;
+constexpr int max_unroll = 4;    // vectors that a thread has in flight
 constexpr int max_team = 8;      // the largest portable cluster
 
 enum class DType : int8_t { f32, bf16, f16 };
@@ -87,7 +89,7 @@ struct Pair {
 struct LossTable {
   float* loss;             // () or (n_pairs,)
   const double* partials;  // of all pairs of the call
-  unsigned* counter;       // 0 before the launch
+  unsigned* counter;       // 0 before the launch and after
   float p, eps;
   int32_t samples;         // of this launch
   int32_t all_samples;     // of the call, where this launch writes their sum; else -1
@@ -112,8 +114,9 @@ struct ItemTable {
   const float* scale;       // null, one, or one per item
   int32_t scale_stride;     // 0 or 1
   int32_t items;
+  int32_t blocks;           // of all items: those of the grid take them in turns
   int32_t* scale_was_one;   // host memory: a note for the next forward, or null
-  bool grads_at_one;        // the gradients are there already, right where scale is 1
+  bool grads_at_one;        // the gradients are there already, right where the one scale is 1
   float p;
   Item item[max_features];
 };
@@ -126,6 +129,7 @@ struct Kernels {
   void (*loss_one_pass)(LossTable);
   void (*maps)(ItemTable);
   void (*backward)(ItemTable);
+  const void* counters;
 };
 
 extern const Kernels power1, power2, power4, power_any;

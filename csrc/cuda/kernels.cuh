@@ -12,13 +12,34 @@ __host__ __device__ inline Slice slice_of(const Pair& pair, int member) {
   return {first, left < 0 ? 0 : (left < pair.chunk ? left : pair.chunk)};
 }
 
+// One counter per stream, 0 between launches.
+static __device__ unsigned counters[max_counters];
+
+// Sum of the squares of the thread's share of a map: in fp32, or in fp64 where they leave its range.
+__device__ inline double squares_of(const float* map, int positions) {
+  float sum = 0;
+#pragma unroll 1
+  for (int j = threadIdx.x; j < positions; j += threads) sum += map[j] * map[j];
+  if (sum > 1e-24f && sum < 1e36f) return sum;
+  double exact = 0;
+#pragma unroll 1
+  for (int j = threadIdx.x; j < positions; j += threads) exact += static_cast<double>(map[j]) * map[j];
+  return exact;
+}
+
+// The square root, in fp32 of what is left of `x` = 4^e [1, 4) after 4^e: 0, infinity and NaN stay what they are.
+__device__ inline float root(double x) {
+  const int exponent = max(-300, min((__double2hiint(x) >> 20) - 1023, 300)) & ~1;
+  const double scale = __hiloint2double((1023 - exponent) << 20, 0);
+  return scalbnf(sqrtf(static_cast<float>(x * scale)), exponent / 2);
+}
+
 // The block that comes last adds the partial sums of all samples, always in the same order.
 __device__ inline double sum_of(const double* partials, int count, SumRoom<1>& room) {
   double sum[1] = {0};
   for (int i = threadIdx.x; i < count; i += threads) sum[0] += static_cast<const volatile double*>(partials)[i];
   __syncthreads();  // the room may still be read
-  sum_over_block(sum, room);
-  return sum[0];
+  return sum_over_block(sum, room);
 }
 
 __device__ inline void finish_loss(const LossTable& table, SumRooms& rooms) {
@@ -56,50 +77,38 @@ __global__ void __launch_bounds__(threads, Power::blocks) loss_kernel(const __gr
   unsigned char* stage = shared + pair.stage;
 
   const Power power(table.p);
-  constexpr int unroll = one_pass && Power::unroll > 1 ? 3 : Power::unroll;  // staging takes registers, too
-  map_of<unroll>(pair.teacher, slice, sample, power, teachers, scratch, false, stage);
-  map_of<unroll>(pair.student, slice, sample, power, students, scratch, one_pass, stage);
+  map_of<false>(pair.teacher, slice, sample, power, teachers, scratch, stage);
+  map_of<one_pass>(pair.student, slice, sample, power, students, scratch, stage);
 
-  double squares[2] = {0, 0};
-  for (int j = threadIdx.x; j < slice.positions; j += threads) {
-    squares[0] += static_cast<double>(students[j]) * students[j];
-    squares[1] += static_cast<double>(teachers[j]) * teachers[j];
-  }
-  sum_over_team(squares, rooms.norms, cluster_size, rank - member, 1 << pair.team_log2);
-  // As in fp32, clamped there: NaN stays NaN.
-  const auto student_norm = static_cast<float>(sqrt(squares[0])), teacher_norm = static_cast<float>(sqrt(squares[1]));
-  const bool student_clamped = student_norm < table.eps, teacher_clamped = teacher_norm < table.eps;
-  const double student_inverse = 1 / static_cast<double>(student_clamped ? table.eps : student_norm);
-  const double teacher_inverse = 1 / static_cast<double>(teacher_clamped ? table.eps : teacher_norm);
+  double squares[2] = {squares_of(students, slice.positions), squares_of(teachers, slice.positions)};
+  const float norm = root(sum_over_team(squares, rooms.norms, cluster_size, rank - member, 1 << pair.team_log2));
+  const float student_norm = __shfl_sync(all_lanes, norm, 0), teacher_norm = __shfl_sync(all_lanes, norm, 1);
+  const bool student_clamped = student_norm < table.eps, teacher_clamped = teacher_norm < table.eps;  // NaN stays NaN
+  const float student_divisor = student_clamped ? table.eps : student_norm;
+  const float teacher_divisor = teacher_clamped ? table.eps : teacher_norm;
 
   // With u, v the normalised maps and d = u - v: d|d|^2/dQ_S = 2 (d - u <u, d>) / |Q_S|, and likewise for v.
-  double sums[3] = {0, 0, 0};
+  float sums[4] = {0, 0, 0, 0};  // the last is none
+#pragma unroll 1
   for (int j = threadIdx.x; j < slice.positions; j += threads) {
-    const auto u = static_cast<float>(students[j] * student_inverse);
-    const auto v = static_cast<float>(teachers[j] * teacher_inverse);
-    const float d = u - v;
+    const float u = students[j] / student_divisor, v = teachers[j] / teacher_divisor, d = u - v;
     students[j] = u;
     teachers[j] = v;
-    sums[0] += static_cast<double>(d) * d;
-    sums[1] += static_cast<double>(u) * d;
-    sums[2] += static_cast<double>(v) * d;
+    sums[0] += d * d;
+    sums[1] += u * d;
+    sums[2] += v * d;
   }
-  sum_over_team(sums, rooms.distance, cluster_size, rank - member, 1 << pair.team_log2);
-  if (threadIdx.x == 0) {
-    rooms.last = table.samples == 0 && blockIdx.x == 0;
-    if (works && member == 0) {
-      pair.partials[sample] = pair.weight * sums[0];
-      __threadfence();
-      rooms.last = atomicAdd(table.counter, 1u) + 1 == static_cast<unsigned>(table.samples);
-      __threadfence();
-    }
-  }
-  const float along_student = student_clamped ? 0 : static_cast<float>(sums[1]);  // a clamped norm is a constant
-  const float along_teacher = teacher_clamped ? 0 : static_cast<float>(sums[2]);
+  const double sum = sum_over_team(sums, rooms.distance, cluster_size, rank - member, 1 << pair.team_log2);
+  arrive_at_cluster(cluster_size);  // it has read the others' sums
+  const float along_u = __shfl_sync(all_lanes, static_cast<float>(sum), 1);
+  const float along_v = __shfl_sync(all_lanes, static_cast<float>(sum), 2);
+  const float along_student = student_clamped ? 0 : along_u;  // a clamped norm is a constant
+  const float along_teacher = teacher_clamped ? 0 : along_v;
 
-  const auto student_factor = static_cast<float>(2 * pair.weight * student_inverse);
-  const auto teacher_factor = static_cast<float>(-2 * pair.weight * teacher_inverse);
+  const float weight = 2 * static_cast<float>(pair.weight);
+  const float student_factor = weight / student_divisor, teacher_factor = -weight / teacher_divisor;
   const int64_t offset = static_cast<int64_t>(sample) * pair.student.positions + slice.position;
+#pragma unroll 1
   for (int j = threadIdx.x; j < slice.positions; j += threads) {
     const float u = students[j], v = teachers[j], d = u - v;
     const float student_slope = (d - u * along_student) * student_factor;
@@ -107,52 +116,68 @@ __global__ void __launch_bounds__(threads, Power::blocks) loss_kernel(const __gr
     if (pair.teacher_slopes) pair.teacher_slopes[offset + j] = (d - v * along_teacher) * teacher_factor;
     if (one_pass) students[j] = student_slope;
   }
-  if (one_pass) {
-    __syncthreads();
-    gradient_of<true>(pair.student, slice, sample, stage, power, students, table.p, pair.grad);
-  }
+  if (one_pass) __syncthreads();
 
-  sync_cluster(cluster_size);  // nobody leaves while its sums are read
+  // Behind what all warps wait for; the counter's answer is looked at after the gradient.
+  const bool counts = works && member == 0 && threadIdx.x == 0;
+  unsigned before = 0;
+  if (counts) {
+    pair.partials[sample] = pair.weight * sum;
+    __threadfence();
+    before = atomicInc(table.counter, table.samples - 1);  // back to 0 for the next launch
+  }
+  if (one_pass) gradient_of<true>(pair.student, slice, sample, stage, power, students, table.p, pair.grad);
+  if (threadIdx.x == 0) {
+    rooms.last = counts ? before + 1 == table.samples : table.samples == 0 && blockIdx.x == 0;
+    __threadfence();
+  }
+  wait_for_cluster(cluster_size);  // nobody leaves while its sums are read
+  __syncthreads();
   if (rooms.last) finish_loss(table, rooms);
 }
 
-__device__ inline int item_of_block(const ItemTable& table) {
+__device__ inline int item_of_block(const ItemTable& table, int block) {
   int i = 0;
-  while (i + 1 < table.items && table.item[i + 1].first_block <= static_cast<int>(blockIdx.x)) ++i;
+  while (i + 1 < table.items && table.item[i + 1].first_block <= block) ++i;
   return i;
 }
 
 // Raw maps: a (feature, sample) per block.
 template <class Power>
 __global__ void __launch_bounds__(threads, Power::blocks) maps_kernel(const __grid_constant__ ItemTable table) {
-  const Item& item = table.item[item_of_block(table)];
+  const Item& item = table.item[item_of_block(table, blockIdx.x)];
   const int64_t sample = static_cast<int>(blockIdx.x) - item.first_block;
   const Slice slice{0, item.feat.positions};
-  map_of<Power::unroll>(item.feat, slice, sample, Power(table.p), item.map + sample * item.feat.positions,
-         reinterpret_cast<float*>(shared_memory()), false, nullptr);
+  map_of<false>(item.feat, slice, sample, Power(table.p), item.map + sample * item.feat.positions,
+                reinterpret_cast<float*>(shared_memory()), nullptr);
 }
 
-// Gradients: a (feature, sample, slice) per block.
+// Gradients: a (feature, sample, slice) at a time.
 template <class Power>
 __global__ void __launch_bounds__(threads, Power::blocks) backward_kernel(const __grid_constant__ ItemTable table) {
-  const int index = item_of_block(table);
-  const Item& item = table.item[index];
-  const float scale = table.scale ? table.scale[index * table.scale_stride] : 1;
-  if (table.scale_was_one && blockIdx.x == 0 && threadIdx.x == 0) *table.scale_was_one = scale == 1;
-  if (table.grads_at_one && scale == 1) return;
-  const int block = static_cast<int>(blockIdx.x) - item.first_block;
-  const int64_t sample = block / item.slices;
-  Slice slice{0, item.feat.positions};
-  slice.row = block % item.slices * item.rows_per_slice;
-  slice.end_row = slice.row + item.rows_per_slice;
-  if (item.feat.channels_last) slice = {slice.row, slice.end_of(item.feat) - slice.row};
-  gradient_of<false>(item.feat, slice, sample, nullptr, Power(table.p),
-                     item.map + sample * item.feat.positions + slice.position, scale * table.p, item.grad);
+  if (table.scale_was_one && blockIdx.x == 0 && threadIdx.x == 0) *table.scale_was_one = *table.scale == 1;
+  if (table.grads_at_one && *table.scale == 1) return;
+  int block = blockIdx.x;
+#pragma unroll 1
+  do {
+    const int index = item_of_block(table, block);
+    const Item& item = table.item[index];
+    const float scale = table.scale ? table.scale[index * table.scale_stride] : 1;
+    const int slice_index = block - item.first_block;
+    const int64_t sample = slice_index / item.slices;
+    Slice slice{0, item.feat.positions};
+    slice.row = slice_index % item.slices * item.rows_per_slice;
+    slice.end_row = slice.row + item.rows_per_slice;
+    if (item.feat.channels_last) slice = {slice.row, slice.end_of(item.feat) - slice.row};
+    gradient_of<false>(item.feat, slice, sample, nullptr, Power(table.p),
+                       item.map + sample * item.feat.positions + slice.position, scale * table.p, item.grad);
+    block += gridDim.x;
+  } while (block < table.blocks);
 }
 
 template <class Power>
 constexpr Kernels kernels_of() {
-  return {loss_kernel<Power, false>, loss_kernel<Power, true>, maps_kernel<Power>, backward_kernel<Power>};
+  return {loss_kernel<Power, false>, loss_kernel<Power, true>, maps_kernel<Power>, backward_kernel<Power>, counters};
 }
 
 }  // namespace at_fused::cuda

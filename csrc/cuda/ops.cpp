@@ -26,10 +26,10 @@ void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "at_fused: CUDA: ", cudaGetErrorString(error));
 }
 
-// Makes the tensors' device the current one, for as long as it lives.
+// Makes the tensors' device the current one, for as long as it lives, for the kernels of a power.
 struct OnDevice {
-  explicit OnDevice(const Tensor& tensor) : guard(tensor.get_device_index()) {
-    check(query(device));
+  OnDevice(const Tensor& tensor, double p) : guard(tensor.get_device_index()) {
+    check(current_device(device, kernels(p)));
     void* handle;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &handle));
     stream = static_cast<cudaStream_t>(handle);
@@ -98,7 +98,7 @@ void for_each_table(const Tensors& feats, const Tensors& maps, const Tensors* gr
 }
 
 void attention_maps(Tensors feats, Tensors maps, double p) {
-  const OnDevice on(feats.at(0));
+  const OnDevice on(feats.at(0), p);
   for_each_table(feats, maps, nullptr, p, [&](ItemTable& table, size_t) {
     check(launch(kernels(p).maps, plan_maps(table), table, on.stream));
   });
@@ -124,7 +124,7 @@ void run_backward(const OnDevice& on, const Tensors& feats, const Tensors& slope
 // gradients at a scale of 1 are in `grads` already.
 void attention_maps_backward(Tensors feats, Tensors slopes, std::optional<Tensor> scale, Tensors grads, double p,
                              std::optional<Tensor> note, bool grads_at_one) {
-  const OnDevice on(feats.at(0));
+  const OnDevice on(feats.at(0), p);
   run_backward(on, feats, slopes, scale ? &*scale : nullptr, grads, p,
                note ? static_cast<int32_t*>(note->data_ptr()) : nullptr, grads_at_one);
 }
@@ -161,14 +161,14 @@ bool plan(std::vector<LossTable>& tables, const Device& device, double p) {
 }
 
 bool one_pass_pays(Tensors students, Tensors teachers, double p) {
-  const OnDevice on(students.at(0));
+  const OnDevice on(students.at(0), p);
   auto tables = tables_of(students, teachers, {});
   return plan(tables, on.device, p);
 }
 
 // `slopes` lists the students' (if asked for), then the teachers' (if asked for); `loss` is () or (n_pairs,).
 // `grads`, if not empty, receives the students' gradients: in the same pass where that pays, else in a launch of
-// its own. `workspace` has a double per sample and one per max_pairs pairs.
+// its own. `workspace` has a double per sample and one more.
 void attention_loss(Tensors students, Tensors teachers, std::vector<double> weights, Tensor loss, Tensors slopes,
                     Tensors grads, Tensor workspace, double p, double eps, bool student_slopes, bool teacher_slopes) {
   const size_t pairs = students.size();
@@ -176,7 +176,7 @@ void attention_loss(Tensors students, Tensors teachers, std::vector<double> weig
                       slopes.size() == (size_t{student_slopes} + size_t{teacher_slopes}) * pairs &&
                       (grads.empty() || student_slopes),
                   "at_fused: lists of different lengths");
-  const OnDevice on(students.at(0));
+  const OnDevice on(students.at(0), p);
   auto tables = tables_of(students, teachers, grads);
 
   int samples = 0;
@@ -193,16 +193,19 @@ void attention_loss(Tensors students, Tensors teachers, std::vector<double> weig
     }
   }
   STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Double && workspace.is_contiguous() &&
-                      workspace.numel() >= samples + static_cast<int64_t>(tables.size()),
+                      workspace.numel() > samples,
                   "at_fused: the workspace is too small");
 
   const bool reduce = loss.dim() == 0, one_pass = plan(tables, on.device, p) && !grads.empty();
-  auto* const counters = reinterpret_cast<unsigned*>(partials + samples);
-  check(cudaMemsetAsync(counters, 0, tables.size() * sizeof(double), on.stream));
+  unsigned* counter = counter_of(on.device, on.stream);
+  if (!counter) {
+    counter = reinterpret_cast<unsigned*>(partials + samples);
+    check(cudaMemsetAsync(counter, 0, sizeof(unsigned), on.stream));
+  }
   for (LossTable& table : tables) {
     table.loss = floats(loss, reduce ? 1 : static_cast<int64_t>(pairs));
     table.partials = partials;
-    table.counter = counters + 2 * (&table - tables.data());
+    table.counter = counter;  // in turns: each launch leaves it at 0
     table.p = static_cast<float>(p);
     table.eps = static_cast<float>(eps);
     table.all_samples = &table == &tables.back() ? samples : -1;
@@ -229,7 +232,7 @@ std::string problem_with(int64_t device_index) {
 int64_t largest_map(int64_t device_index) {
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device_index));
   Device device;
-  check(query(device));
+  check(current_device(device, power2));
   constexpr int most_scratch = threads * 8 * sizeof(float) + 2 * 128;  // a vector per thread, and alignment
   return (device.shared_per_block - maps_offset - most_scratch) / (2 * static_cast<int>(sizeof(float)));
 }

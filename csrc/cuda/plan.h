@@ -13,7 +13,8 @@ struct Device {
   int shared_per_block;  // bytes, as all sizes
   int shared_per_multiprocessor;
   int l2;
-  bool clusters;
+  int max_team_log2;   // of the blocks that may share a sample: 0 without clusters
+  unsigned* counters;  // max_counters
 };
 
 struct Grid {
@@ -104,9 +105,9 @@ inline const char* describe(const Strided& x, const Strided* grad, Feature& feat
 inline void tile(Feature& feat, const Slice& slice) {
   Tiling& tiling = feat.tiling;
   const int columns = divide_up(slice.length_of(feat), feat.vector_width());
-  if (feat.channels_last) {  // a power of two of a warp's lanes per position
+  if (feat.channels_last) {  // a power of two of a warp's lanes per position, or one that takes few vectors alone
     tiling.width = 1;
-    while (tiling.width < 32 && tiling.width < columns) tiling.width *= 2;
+    while (columns >= max_unroll && tiling.width < 32 && tiling.width < columns) tiling.width *= 2;
     tiling.passes = divide_up(columns, tiling.width);
     tiling.groups = threads / tiling.width;
     tiling.steps = divide_up(slice.positions, tiling.groups);
@@ -153,8 +154,7 @@ inline bool fits_twice(const Pair& pair, const Device& device) {
 // teams, hence the same bits.
 inline bool plan_loss(LossTable& table, const Device& device, bool streams) {
   Pair *const first = table.pair, *const last = first + table.pairs;
-  const int most_log2 = device.clusters ? 3 : 0;
-  static_assert(max_team == 1 << 3);
+  const int most_log2 = device.max_team_log2;
 
   bool one_pass = streams;
   for (Pair* pair = first; pair != last; ++pair) {
@@ -219,11 +219,11 @@ inline Grid plan_maps(ItemTable& table) {
   return grid;
 }
 
-// Slices of 8 to 64 KiB, so that every multiprocessor has several blocks and a block several vectors per thread.
+// Slices of 16 to 32 KiB, so that every multiprocessor has several blocks and a block several vectors per thread.
 inline Grid plan_backward(ItemTable& table, const Device& device) {
   int64_t bytes = 0;
   for (int i = 0; i < table.items; ++i) bytes += sample_bytes(table.item[i].feat) * table.item[i].batch;
-  const int64_t per_block = std::clamp<int64_t>(bytes / (8 * device.multiprocessors), 8 << 10, 64 << 10);
+  const int64_t per_block = std::clamp<int64_t>(bytes / (8 * device.multiprocessors), 16 << 10, 32 << 10);
   Grid grid{0, 1, 0};
   for (Item* item = table.item; item != table.item + table.items; ++item) {
     Feature& feat = item->feat;
@@ -235,6 +235,9 @@ inline Grid plan_backward(ItemTable& table, const Device& device) {
     item->first_block = grid.blocks;
     grid.blocks += item->batch * item->slices;
   }
+  table.blocks = grid.blocks;
+  // Where there is nothing to do as a rule, the blocks should not outnumber what runs at once.
+  if (table.grads_at_one) grid.blocks = std::min(grid.blocks, 2 * device.multiprocessors);
   return grid;
 }
 

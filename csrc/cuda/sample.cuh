@@ -1,8 +1,10 @@
 // The two walks over a sample, its map and its gradient, in both memory layouts.
 //
-// Both visit the same vectors in the same order, so a thread finds again what it staged in shared memory.
+// Both visit the same vectors in the same order, so a thread finds again what it staged in shared memory. What
+// counts is the number of instructions per vector: docs/kernels.md.
 #pragma once
 
+#include "lanes.cuh"
 #include "vector.cuh"
 
 namespace at_fused::cuda {
@@ -17,43 +19,62 @@ __device__ inline int end_of_rows(const Feature& feat, const Slice& slice, int e
   return holding < end ? holding : end;
 }
 
+// Calls use(row, all) for every `unroll` rows from `row` on: all of them below `end`, or not the last ones.
+template <int unroll, class Use>
+__device__ void for_rows(int row, int end, int apart, Use use) {
+#pragma unroll 1
+  for (; row + (unroll - 1) * apart < end; row += unroll * apart) use(row, true);
+  if (row < end) use(row, false);
+}
+
+// Of a column of vectors.
+template <int N>
+struct alignas(N * sizeof(float)) Sums {
+  float x[N];
+};
+
 // Sums |x|^p over the channels into `map` (slice.positions). `scratch` has scratch_floats(); `stage` receives
 // what was read, to `keep` it.
-template <int unroll, class T, int N, class Power>
+template <bool keep, class V, class T, class Power>
 __device__ void map_channels_first(const Feature& feat, const Slice& slice, const T* sample, Power power,
-                                   float* map, float* scratch, bool keep, Vec<T, N>* stage) {
-  const Tiling& tiling = feat.tiling;
+                                   float* map, float* scratch, V* stage) {
+  constexpr int N = V::width, unroll = Power::unroll;
+  const Tiling tiling = feat.tiling;
   const int group = threadIdx.x / tiling.width, lane = threadIdx.x % tiling.width;
   const int columns = slice.length_of(feat) / N;
   const int half = divide_up(tiling.groups, 2);
   const int slot = group < half ? group : group - half;
-  auto& shared_sum = reinterpret_cast<Vec<float, N>*>(scratch)[slot * tiling.width + lane];
+  const unsigned row_bytes = feat.row_stride * sizeof(T);
+  auto& shared_sum = reinterpret_cast<Sums<N>*>(scratch)[slot * tiling.width + lane];
 
 #pragma unroll 1
   for (int pass = 0; pass < tiling.passes; ++pass) {
     const int begin = pass * tiling.width, column = begin + lane, element = column * N;
     const bool works = group < tiling.groups && column < columns;
-    Vec<float, N> sum{};
+    Sums<N> sum{};
     if (works) {
-      const int end = end_of_rows(feat, slice, element);
-      int index = pass * tiling.steps * tiling.lanes() + threadIdx.x;
       const T* x = sample + slice.position + element;
-#pragma unroll 1
-      for (int row = slice.row + group; row < end; row += unroll * tiling.groups) {
-        Vec<T, N> v[unroll];
+      V* kept = stage + pass * tiling.steps * tiling.lanes() + threadIdx.x;
+      const int end = end_of_rows(feat, slice, element);
+      for_rows<unroll>(slice.row + group, end, tiling.groups, [&](int row, bool all) {
+        V v[unroll];
 #pragma unroll
         for (int u = 0; u < unroll; ++u) {
           const int r = row + u * tiling.groups;
-          v[u] = r < end ? load<T, N>(x + r * int64_t{feat.row_stride}) : Vec<T, N>{};
+          v[u] = all || r < end ? load<V>(advance(x, r, row_bytes)) : V{};
         }
 #pragma unroll
         for (int u = 0; u < unroll; ++u) {
-          if (keep && row + u * tiling.groups < end) stage[index] = v[u];
-          index += tiling.lanes();
+          if (keep) {
+            if (all || row + u * tiling.groups < end) *kept = v[u];
+            kept += tiling.lanes();
+          }
+          float y[N];
+          v[u].get(y);
 #pragma unroll
-          for (int j = 0; j < N; ++j) sum.x[j] += power.value(widen(v[u].x[j]));
+          for (int j = 0; j < N; ++j) sum.x[j] += power.value(y[j]);
         }
-      }
+      });
       if (group >= half) shared_sum = sum;
     }
     // The upper half of the groups hands over to the lower, and that one to the positions' threads.
@@ -80,145 +101,135 @@ __device__ void map_channels_first(const Feature& feat, const Slice& slice, cons
   }
 }
 
-// Writes factor * slope * |x|^(p-1) sign(x) to `grad`; x is read from `sample`, or where `staged` from `stage`.
-template <bool staged, class T, int N, class Power>
-__device__ void gradient_channels_first(const Feature& feat, const Slice& slice, const T* sample,
-                                        const Vec<T, N>* stage, Power power, const float* slope, float factor,
-                                        T* grad, int grad_row_stride) {
-  constexpr int unroll = staged || Power::unroll == 1 ? 1 : 2;
-  const Tiling& tiling = feat.tiling;
-  const int group = threadIdx.x / tiling.width, lane = threadIdx.x % tiling.width;
-  const int columns = slice.length_of(feat) / N;
-  if (group >= tiling.groups) return;
-#pragma unroll 1
-  for (int pass = 0; pass < tiling.passes; ++pass) {
-    const int column = pass * tiling.width + lane, element = column * N;
-    if (column >= columns) return;
-    float factors[N];
-    int position = element % slice.positions;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      factors[j] = slope[position] * factor;
-      if (++position == slice.positions) position = 0;
-    }
-    const int end = end_of_rows(feat, slice, element);
-    const T* x = sample + slice.position + element;
-    T* out = grad + slice.position + element;
-    int index = pass * tiling.steps * tiling.lanes() + threadIdx.x;
-#pragma unroll 1
-    for (int row = slice.row + group; row < end; row += unroll * tiling.groups) {
-      Vec<T, N> v[unroll];
-#pragma unroll
-      for (int u = 0; u < unroll; ++u) {
-        const int r = row + u * tiling.groups;
-        v[u] = r >= end ? Vec<T, N>{} : (staged ? stage[index] : load<T, N>(x + r * int64_t{feat.row_stride}));
-        index += tiling.lanes();
-      }
-#pragma unroll
-      for (int u = 0; u < unroll; ++u) {
-#pragma unroll
-        for (int j = 0; j < N; ++j) v[u].x[j] = narrow<T>(factors[j] * power.slope(widen(v[u].x[j])));
-        const int r = row + u * tiling.groups;
-        if (r < end) store(out + r * int64_t{grad_row_stride}, v[u]);
-      }
-    }
-  }
-}
-
 // --- channels-last: a group of a warp's lanes owns a position ---
 
-template <int unroll, class T, int N, class Power>
+template <bool keep, class V, class T, class Power>
 __device__ void map_channels_last(const Feature& feat, const Slice& slice, const T* sample, Power power, float* map,
-                                  bool keep, Vec<T, N>* stage) {
-  const Tiling& tiling = feat.tiling;
+                                  V* stage) {
+  constexpr int N = V::width, unroll = Power::unroll;
+  static_assert(unroll <= max_unroll);
+  const Tiling tiling = feat.tiling;
   const int group = threadIdx.x / tiling.width, lane = threadIdx.x % tiling.width;
-  const int columns = slice.length_of(feat) / N;
+  const int columns = slice.length_of(feat) / N, last = slice.positions - 1;
+  const unsigned row_bytes = feat.row_stride * sizeof(T);
+  const T* x = advance(sample, slice.position, row_bytes) + lane * N;
 #pragma unroll 1
-  for (int step = 0; step < tiling.steps; step += unroll) {  // the same for all lanes, as shuffles need
+  for (int step = 0; step < tiling.steps && last >= 0; step += unroll) {  // the same for all lanes, as shuffles need
+    const int row = step * tiling.groups + group;
     float sum[unroll] = {};
 #pragma unroll 1
     for (int pass = 0; pass < tiling.passes; ++pass) {
-      const int column = pass * tiling.width + lane, i = step * tiling.groups + group;
-      const int end = column < columns ? slice.positions : 0;
-      const T* x = sample + slice.position * int64_t{feat.row_stride} + column * N;
-      Vec<T, N> v[unroll];
+      if (pass * tiling.width + lane >= columns) continue;
+      const T* from = x + pass * tiling.width * N;
+      V v[unroll];
 #pragma unroll
-      for (int u = 0; u < unroll; ++u) {
-        const int row = i + u * tiling.groups;
-        v[u] = row < end ? load<T, N>(x + row * int64_t{feat.row_stride}) : Vec<T, N>{};
+      for (int u = 0; u < unroll; ++u) {  // beyond the last position, of whose sum nothing is kept: the last once more
+        v[u] = load<V>(advance(from, min(row + u * tiling.groups, last), row_bytes));
       }
+      V* kept = stage + (pass * tiling.steps + step) * threads + threadIdx.x;
 #pragma unroll
       for (int u = 0; u < unroll; ++u) {
-        if (keep && step + u < tiling.steps) stage[((step + u) * tiling.passes + pass) * threads + threadIdx.x] = v[u];
+        if (keep && step + u < tiling.steps) kept[u * threads] = v[u];
+        float y[N];
+        v[u].get(y);
 #pragma unroll
-        for (int j = 0; j < N; ++j) sum[u] += power.value(widen(v[u].x[j]));
+        for (int j = 0; j < N; ++j) sum[u] += power.value(y[j]);
       }
     }
+    if (tiling.width > 1) {  // hence at least `unroll`
+      const float total = sum_over_lanes<unroll>(sum_over_neighbours(sum), tiling.width);
+      const int i = row + index_among_neighbours<unroll>() * tiling.groups;
+      if (lane < unroll && i < slice.positions) map[i] = total;
+    } else {
 #pragma unroll
-    for (int u = 0; u < unroll; ++u) {
-      for (int other = tiling.width / 2; other; other /= 2) sum[u] += __shfl_xor_sync(0xffffffffu, sum[u], other);
-      const int i = (step + u) * tiling.groups + group;
-      if (lane == 0 && i < slice.positions) map[i] = sum[u];
+      for (int u = 0; u < unroll; ++u) {
+        const int i = row + u * tiling.groups;
+        if (i < slice.positions) map[i] = sum[u];
+      }
     }
   }
   __syncthreads();
 }
 
-template <bool staged, class T, int N, class Power>
-__device__ void gradient_channels_last(const Feature& feat, const Slice& slice, const T* sample,
-                                       const Vec<T, N>* stage, Power power, const float* slope, float factor,
-                                       T* grad, int grad_row_stride) {
-  constexpr int unroll = staged || Power::unroll == 1 ? 1 : 2;
-  const Tiling& tiling = feat.tiling;
+// --- gradients: a thread owns a column of vectors in either layout ---
+
+// The first element of a slice.
+template <bool channels_last, class T>
+__device__ T* begin_of(T* sample, const Slice& slice, unsigned row_bytes) {
+  return channels_last ? advance(sample, slice.position, row_bytes) : sample + slice.position;
+}
+
+// Writes factor * slope * |x|^(p-1) sign(x) to `grad`; x is read from `sample`, or where `staged` from `stage`.
+template <bool channels_last, bool staged, class V, class T, class Power>
+__device__ void gradient_of_rows(const Feature& feat, const Slice& slice, const T* sample, const V* stage, Power power,
+                                 const float* slope, float factor, T* grad, int grad_row_stride) {
+  constexpr int N = V::width, unroll = Power::unroll == 1 ? 1 : 2;
+  const Tiling tiling = feat.tiling;
   const int group = threadIdx.x / tiling.width, lane = threadIdx.x % tiling.width;
-  const int columns = slice.length_of(feat) / N;
+  const int columns = slice.length_of(feat) / N, lanes = tiling.lanes();
+  const int first_row = channels_last ? 0 : slice.row;
+  const unsigned row_bytes = feat.row_stride * sizeof(T), grad_row_bytes = grad_row_stride * sizeof(T);
+  const T* const first = begin_of<channels_last>(sample, slice, row_bytes);
+  T* const grad_first = begin_of<channels_last>(grad, slice, grad_row_bytes);
+  if (group >= tiling.groups) return;
 #pragma unroll 1
-  for (int step = 0; step < tiling.steps; step += unroll) {
-    const int i = step * tiling.groups + group;
-#pragma unroll 1
-    for (int pass = 0; pass < tiling.passes; ++pass) {
-      const int column = pass * tiling.width + lane;
-      if (column >= columns) break;
-      const T* x = sample + slice.position * int64_t{feat.row_stride} + column * N;
-      T* out = grad + slice.position * int64_t{grad_row_stride} + column * N;
-      int index = (step * tiling.passes + pass) * threads + threadIdx.x;
-      Vec<T, N> v[unroll];
+  for (int pass = 0; pass < tiling.passes; ++pass) {
+    const int column = pass * tiling.width + lane, element = column * N;
+    if (column >= columns) return;
+    const T* x = first + element;
+    T* out = grad_first + element;
+    const V* kept = stage + pass * tiling.steps * lanes + threadIdx.x;
+    const int end = channels_last ? slice.positions : end_of_rows(feat, slice, element);
+    float factors[N];  // channels-first, a column's positions have one each
+    if (!channels_last) {
+      int position = element % slice.positions;
 #pragma unroll
-      for (int u = 0; u < unroll; ++u) {
-        const int row = i + u * tiling.groups;
-        v[u] = row >= slice.positions ? Vec<T, N>{}
-                                      : (staged ? stage[index] : load<T, N>(x + row * int64_t{feat.row_stride}));
-        index += tiling.passes * threads;
-      }
-#pragma unroll
-      for (int u = 0; u < unroll; ++u) {
-        const int row = i + u * tiling.groups;
-        if (row < slice.positions) {
-          const float slope_here = slope[row] * factor;
-#pragma unroll
-          for (int j = 0; j < N; ++j) v[u].x[j] = narrow<T>(slope_here * power.slope(widen(v[u].x[j])));
-          store(out + row * int64_t{grad_row_stride}, v[u]);
-        }
+      for (int j = 0; j < N; ++j) {
+        factors[j] = slope[position] * factor;
+        if (++position == slice.positions) position = 0;
       }
     }
+    for_rows<unroll>(first_row + group, end, tiling.groups, [&](int row, bool all) {
+      V v[unroll];
+      float row_factor[unroll];
+#pragma unroll
+      for (int u = 0; u < unroll; ++u) {
+        const int r = row + u * tiling.groups;
+        const bool works = all || r < end;
+        v[u] = !works ? V{} : staged ? *kept : load<V>(advance(x, r, row_bytes));
+        row_factor[u] = works && channels_last ? slope[r] * factor : 0;
+        kept += lanes;
+      }
+#pragma unroll
+      for (int u = 0; u < unroll; ++u) {
+        const int r = row + u * tiling.groups;
+        if (all || r < end) {
+          float y[N];
+          v[u].get(y);
+#pragma unroll
+          for (int j = 0; j < N; ++j) y[j] = (channels_last ? row_factor[u] : factors[j]) * power.slope(y[j]);
+          v[u].set(y);
+          store(advance(out, r, grad_row_bytes), v[u]);
+        }
+      }
+    });
   }
 }
 
 // --- both ---
 
-// Raw map of a slice of sample `sample`, with `unroll` vectors in flight per thread: `map` has slice.positions
-// floats. What was read stays in `stage`, to `keep` it. Ends with a barrier.
-template <int unroll, class Power>
+// Raw map of a slice of sample `sample`: `map` has slice.positions floats. What was read stays in `stage`, to `keep`
+// it. Ends with a barrier.
+template <bool keep, class Power>
 __device__ void map_of(const Feature& feat, const Slice& slice, int64_t sample, Power power, float* map,
-                       float* scratch, bool keep, void* stage) {
+                       float* scratch, void* stage) {
   with_vector(feat, [&](auto vector) {
     using V = decltype(vector);
-    using T = typename V::Element;
-    const T* x = static_cast<const T*>(feat.data) + sample * feat.batch_stride;
+    const auto* x = static_cast<const typename V::Element*>(feat.data) + sample * feat.batch_stride;
     if (feat.channels_last) {
-      map_channels_last<unroll>(feat, slice, x, power, map, keep, static_cast<V*>(stage));
+      map_channels_last<keep>(feat, slice, x, power, map, static_cast<V*>(stage));
     } else {
-      map_channels_first<unroll>(feat, slice, x, power, map, scratch, keep, static_cast<V*>(stage));
+      map_channels_first<keep>(feat, slice, x, power, map, scratch, static_cast<V*>(stage));
     }
   });
 }
@@ -234,9 +245,9 @@ __device__ void gradient_of(const Feature& feat, const Slice& slice, int64_t sam
     const V* vectors = static_cast<const V*>(stage);
     T* out = static_cast<T*>(grad.data) + sample * grad.batch_stride;
     if (feat.channels_last) {
-      gradient_channels_last<staged>(feat, slice, x, vectors, power, slope, factor, out, grad.row_stride);
+      gradient_of_rows<true, staged>(feat, slice, x, vectors, power, slope, factor, out, grad.row_stride);
     } else {
-      gradient_channels_first<staged>(feat, slice, x, vectors, power, slope, factor, out, grad.row_stride);
+      gradient_of_rows<false, staged>(feat, slice, x, vectors, power, slope, factor, out, grad.row_stride);
     }
   });
 }

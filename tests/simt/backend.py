@@ -34,13 +34,29 @@ class OnDevice:
 
 def set_device(
     *,
-    major: int = 9,
     multiprocessors: int = 132,
     shared_per_multiprocessor: int = 228 << 10,
     l2: int = 50 << 20,
+    cluster_launch: bool = True,
+    blocks_per_cluster: int = 8,
+    ptx_version: int = 90,
+    binary_version: int = 90,
+    capturing: bool = False,
 ) -> None:
-    """By default an H100. Sizes in bytes; a call whose activations exceed `l2` may take the one-pass form."""
-    torch.ops.simt.device(major, multiprocessors, shared_per_multiprocessor, l2)
+    """By default an H100. Sizes in bytes; a call whose activations exceed `l2` may take the one-pass form.
+
+    `ptx_version` and `binary_version` are of the code that runs; `capturing` its streams are into graphs.
+    """
+    torch.ops.simt.device(
+        multiprocessors,
+        shared_per_multiprocessor,
+        l2,
+        cluster_launch,
+        blocks_per_cluster,
+        ptx_version,
+        binary_version,
+        capturing,
+    )
     cuda._l2_bytes = lambda index: l2  # type: ignore[assignment]
 
 
@@ -52,6 +68,16 @@ def set_order(seed: int) -> None:
 def last_cluster() -> int:
     """Blocks per cluster of the last launch."""
     return torch.ops.simt.last_cluster()
+
+
+def last_grid() -> int:
+    """Blocks of the last launch."""
+    return torch.ops.simt.last_grid()
+
+
+def calls(function: str) -> int:
+    """How often the CUDA runtime's `function` was called."""
+    return torch.ops.simt.calls(function)
 
 
 @contextmanager

@@ -27,7 +27,8 @@ dim3 blockDim, gridDim;
 namespace simt {
 
 Device device;
-unsigned last_cluster = 0;
+unsigned last_cluster = 0, last_grid = 0;
+std::map<std::string, int> calls;
 uint64_t seed = 0;
 
 namespace {
@@ -360,6 +361,7 @@ void run(dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes, const std::fu
   gridDim = grid;
   blockDim = block;
   last_cluster = cluster.x * cluster.y * cluster.z;
+  last_grid = grid.x * grid.y * grid.z;
   launch.body = &thread;
   launch.error.clear();
   random_order.seed(seed);

@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -33,10 +34,18 @@ struct Device {
   size_t shared_per_block = 227 << 10;  // to kernels that ask for more than 48 KiB
   int l2 = 50 << 20;
   unsigned blocks_per_cluster = 8;
+  bool cluster_launch = true;
+  int ptx_version = 90, binary_version = 90;  // of the code that runs
+  bool capturing = false;                     // any stream
+  int ordinal = 0;                            // another one is another device
+
+  bool has_clusters() const { return cluster_launch && ptx_version >= 90 && binary_version >= 90; }
 };
 extern Device device;
 
-extern unsigned last_cluster;  // blocks per cluster of the last launch
+extern unsigned last_cluster;                     // blocks per cluster of the last launch
+extern unsigned last_grid;                        // its blocks
+extern std::map<std::string, int> calls;          // of functions of the runtime that are counted
 
 // Of the order in which blocks, and threads between two barriers, run. 0: by index.
 extern uint64_t seed;

@@ -132,6 +132,10 @@ inline unsigned __float_as_uint(float x) { return simt_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return simt_cast<int>(x); }
 inline float __uint_as_float(unsigned x) { return simt_cast<float>(x); }
 inline float __int_as_float(int x) { return simt_cast<float>(x); }
+inline int __double2hiint(double x) { return static_cast<int>(simt_cast<uint64_t>(x) >> 32); }
+inline double __hiloint2double(int high, int low) {
+  return simt_cast<double>(uint64_t{static_cast<unsigned>(high)} << 32 | static_cast<unsigned>(low));
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
@@ -159,9 +163,10 @@ enum cudaDeviceAttr {
   cudaDevAttrL2CacheSize,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrClusterLaunch,
 };
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = simt::device.ordinal;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -173,12 +178,25 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrL2CacheSize: *value = device.l2; break;
     case cudaDevAttrComputeCapabilityMajor: *value = device.major; break;
     case cudaDevAttrComputeCapabilityMinor: *value = device.minor; break;
+    case cudaDevAttrClusterLaunch: *value = device.cluster_launch; break;
   }
   return cudaSuccess;
 }
 
 inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+  ++simt::calls["cudaMemsetAsync"];
   std::memset(pointer, value, bytes);
+  return cudaSuccess;
+}
+
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = simt::device.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetSymbolAddress(void** pointer, const void* symbol) {
+  *pointer = const_cast<void*>(symbol);
   return cudaSuccess;
 }
 
@@ -195,14 +213,20 @@ inline size_t& simt_shared_limit(const void* kernel) {
 }
 
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  ++simt::calls["cudaFuncSetAttribute"];
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value < 0 || size_t(value) > simt::device.shared_per_block) return cudaErrorInvalidValue;
   simt_shared_limit(kernel) = value;
   return cudaSuccess;
 }
 
-struct cudaFuncAttributes {};
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
+struct cudaFuncAttributes {
+  int ptxVersion, binaryVersion;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {simt::device.ptx_version, simt::device.binary_version};
+  return cudaSuccess;
+}
 
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeClusterDimension,
@@ -226,6 +250,13 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs = 0;
 };
 
+template <class... Parameters>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Parameters...), const cudaLaunchConfig_t* config) {
+  if (config->gridDim.x > simt::device.blocks_per_cluster) return cudaErrorInvalidValue;
+  *clusters = simt::device.multiprocessors;
+  return cudaSuccess;
+}
+
 // Runs at once.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -240,7 +271,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     cluster = {value.clusterDim.x, value.clusterDim.y, value.clusterDim.z};
   }
   const size_t threads = size_t{block.x} * block.y * block.z, blocks = size_t{cluster.x} * cluster.y * cluster.z;
-  const unsigned most_blocks = device.major >= 9 ? device.blocks_per_cluster : 1;
+  const unsigned most_blocks = device.has_clusters() ? device.blocks_per_cluster : 1;
   const bool shared_fits = config->dynamicSmemBytes <= simt_shared_limit(reinterpret_cast<const void*>(kernel));
   const bool fits = threads >= 1 && threads <= 1024 && block.z <= 64 &&
                     grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 65535 &&
