@@ -78,10 +78,17 @@ def test_two_passes_elsewhere(layout: torch.memory_format) -> None:
 def test_the_last_upstream_gradient_decides() -> None:
     students = features(RESNET_18, 256)
     student = torch.ones(1, 1, 2, 2, requires_grad=True)
+    backend.set_device(l2=0)  # where it fits the cache nobody would ask
     for upstream in (2.0, 1.0):
         loss = at_fused.attention_loss(student, torch.ones(1, 1, 2, 2), backend="cuda")
         loss.backward(torch.tensor(upstream))
         assert cuda.ahead(students, students, 2) == (upstream == 1)
+
+
+def test_no_note_where_one_pass_can_not_apply() -> None:
+    student = torch.ones(1, 1, 2, 2, requires_grad=True)
+    at_fused.attention_loss(student, torch.ones(1, 1, 2, 2), backend="cuda").backward(torch.tensor(2.0))
+    assert cuda._last_was_one == 1, "not looked at"
 
 
 # --- blocks that share a sample ---------------------------------------------------------------------------
@@ -165,3 +172,22 @@ def test_backward_that_has_nothing_to_do_is_small() -> None:
     assert torch.equal(
         torch.autograd.grad(at_fused.attention_loss(student, teacher, backend="cuda"), student)[0], grads[0]
     )
+
+
+def test_layouts_are_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By shape, strides, dtype and device: a change of any of them is seen."""
+    judged = []
+    monkeypatch.setattr(cuda, "_known_reasons", {})
+    monkeypatch.setattr(cuda, "_MOST_KNOWN", 4)
+    why = cuda._why_unsupported
+    monkeypatch.setattr(cuda, "_why_unsupported", lambda feats: judged.append(0) or why(feats))
+    x = torch.ones(2, 4, 6, 6)
+    for _ in range(2):
+        at_fused.attention_map(x, backend="cuda")
+        at_fused.attention_map(x.half(), backend="cuda")
+        at_fused.attention_map(x.to(memory_format=torch.channels_last), backend="cuda")
+        with pytest.raises(ValueError, match="strides"):
+            at_fused.attention_map(x[..., ::2], backend="cuda")
+        assert len(judged) == 4
+    at_fused.attention_map(x[:1], backend="cuda")
+    assert len(cuda._known_reasons) == 1, "too many to keep"

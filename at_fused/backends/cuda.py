@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,27 @@ def unavailable() -> str | None:
     return load(_LIBRARY)
 
 
+_known_reasons: dict[Any, str | None] = {}  # of features, by all that the answer depends on
+_MOST_KNOWN = 1000
+
+
 def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:
     if mapping != "sum":
         return f"it serves sums over the channels, not mapping {mapping!r}"
+    if torch.compiler.is_compiling():
+        return _why_unsupported(feats)
+    features = tuple([(feat.shape, feat.stride(), feat.dtype, feat.device) for feat in feats])
+    try:
+        return _known_reasons[features]
+    except KeyError:
+        if len(_known_reasons) >= _MOST_KNOWN:
+            _known_reasons.clear()
+        return _known_reasons.setdefault(features, _why_unsupported(feats))
+    except TypeError:  # symbolic sizes can't be hashed
+        return _why_unsupported(feats)
+
+
+def _why_unsupported(feats: Sequence[Tensor]) -> str | None:
     for feat in feats:
         if feat.device.type != "cuda":
             return f"it serves CUDA tensors, not {feat.device.type}"
@@ -95,7 +114,7 @@ def attention_maps_backward(
 ) -> list[Tensor]:
     grads = [torch.empty_like(feat) for feat in feats]
     slopes = [grad_map.contiguous() for grad_map in grad_maps]
-    note = _note() if scale is not None and scale.numel() == 1 else None
+    note = _note() if _note_is_wanted and scale is not None and scale.numel() == 1 else None
     scale = None if scale is None else scale.float()
     torch.ops.at_fused_cuda.attention_maps_backward(feats, slopes, scale, grads, p, note, False)
     if addends:
@@ -137,14 +156,14 @@ def single_pass() -> bool:
 
 
 def ahead(students: Sequence[Tensor], teachers: Sequence[Tensor], p: float) -> bool:
+    global _note_is_wanted
     feats = (*students, *teachers)
-    if sum(feat.nbytes for feat in feats) <= _l2_bytes(feats[0].device.index):
-        return False  # the second read of the students costs no device memory
-    note = _note()
-    if note is None or not note.item():
-        return False
-    pays: bool = torch.ops.at_fused_cuda.one_pass_pays(students, teachers, p)
-    return pays
+    # Where the cache holds the features, the second read of the students costs no device memory.
+    _note_is_wanted = sum([feat.nbytes for feat in feats]) > _l2_bytes(
+        feats[0].device.index
+    ) and torch.ops.at_fused_cuda.one_pass_pays(students, teachers, p)
+    note = _note() if _note_is_wanted else None
+    return note is not None and bool(note.item())
 
 
 def settle(
@@ -161,6 +180,9 @@ def _l2_bytes(device: int) -> int:
     return size
 
 
+_note_is_wanted = (
+    False  # by the last call: writing to the host's memory lengthens a backward pass by a microsecond
+)
 _last_was_one: Tensor | None = None
 
 

@@ -42,10 +42,12 @@ def set_device(
     ptx_version: int = 90,
     binary_version: int = 90,
     capturing: bool = False,
+    runs: bool = True,
 ) -> None:
     """By default an H100. Sizes in bytes; a call whose activations exceed `l2` may take the one-pass form.
 
-    `ptx_version` and `binary_version` are of the code that runs; `capturing` its streams are into graphs.
+    `ptx_version` and `binary_version` are of the code that runs; where its streams are `capturing`, into graphs;
+    where it not `runs`, launches do nothing, and what a call takes is the host's part.
     """
     torch.ops.simt.device(
         multiprocessors,
@@ -56,6 +58,7 @@ def set_device(
         ptx_version,
         binary_version,
         capturing,
+        runs,
     )
     cuda._l2_bytes = lambda index: l2  # type: ignore[assignment]
 

@@ -15,7 +15,7 @@ void seed(int64_t value) { simt::seed = value; }
 
 // Puts another device in the place of the last one.
 void device(int64_t multiprocessors, int64_t shared_per_multiprocessor, int64_t l2, bool cluster_launch,
-            int64_t blocks_per_cluster, int64_t ptx_version, int64_t binary_version, bool capturing) {
+            int64_t blocks_per_cluster, int64_t ptx_version, int64_t binary_version, bool capturing, bool runs) {
   simt::Device device;
   device.ordinal = simt::device.ordinal + 1;
   device.multiprocessors = static_cast<int>(multiprocessors);
@@ -26,6 +26,7 @@ void device(int64_t multiprocessors, int64_t shared_per_multiprocessor, int64_t 
   device.ptx_version = static_cast<int>(ptx_version);
   device.binary_version = static_cast<int>(binary_version);
   device.capturing = capturing;
+  device.runs = runs;
   simt::device = device;
 }
 
@@ -44,7 +45,7 @@ STABLE_TORCH_LIBRARY(simt, library) {
   library.def("seed(int value) -> ()");
   library.def(
       "device(int multiprocessors, int shared_per_multiprocessor, int l2, bool cluster_launch, int blocks_per_cluster, "
-      "int ptx_version, int binary_version, bool capturing) -> ()");
+      "int ptx_version, int binary_version, bool capturing, bool runs) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simt, CompositeExplicitAutograd, library) {

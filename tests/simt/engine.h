@@ -37,6 +37,7 @@ struct Device {
   bool cluster_launch = true;
   int ptx_version = 90, binary_version = 90;  // of the code that runs
   bool capturing = false;                     // any stream
+  bool runs = true;                           // else launches do nothing: what is left is the host's part
   int ordinal = 0;                            // another one is another device
 
   bool has_clusters() const { return cluster_launch && ptx_version >= 90 && binary_version >= 90; }

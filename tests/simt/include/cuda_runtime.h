@@ -279,6 +279,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                     blocks >= 1 && blocks <= most_blocks && grid.x % cluster.x == 0 && grid.y % cluster.y == 0 &&
                     grid.z % cluster.z == 0;
   if (!fits) return cudaErrorInvalidValue;
+  if (!device.runs) return cudaSuccess;
   const std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
   simt::run(grid, block, cluster, config->dynamicSmemBytes, [&] { std::apply(kernel, values); });
   return cudaSuccess;
