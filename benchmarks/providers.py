@@ -18,7 +18,7 @@ from benchmarks.workloads import Cell
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 # The most kernels and fills that forward and backward send to a GPU, all pairs together, by backend. Of two
-# forward, one is small: CUDA zeroes a counter, Triton sums the samples' distances.
+# forward, one is small: CUDA zeroes a counter in a graph, Triton sums the samples' distances.
 LAUNCHES = {"cuda": (2, 1), "triton": (2, 1)}
 
 
@@ -94,8 +94,10 @@ class Provider:
         """Whether the gradients come with the loss: what the backend itself says, expecting this upstream."""
         if self.backend is None or not backends.modules[self.backend].single_pass():
             return False
+        ahead = backends.modules[self.backend].ahead
+        ahead(students, teachers, float(cell.p))  # once it is of use, the operator notes what it expects
         self.prepare(cell, students[0].device)
-        return bool(backends.modules[self.backend].ahead(students, teachers, float(cell.p)))
+        return bool(ahead(students, teachers, float(cell.p)))
 
     def fits(self, cell: Cell) -> bool:
         """Whether it has something of its own to show in this cell."""

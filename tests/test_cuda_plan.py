@@ -85,7 +85,8 @@ def test_the_last_upstream_gradient_decides() -> None:
         assert cuda.ahead(students, students, 2) == (upstream == 1)
 
 
-def test_no_note_where_one_pass_can_not_apply() -> None:
+def test_no_note_before_one_pass_can_apply(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_note_is_wanted", False)
     student = torch.ones(1, 1, 2, 2, requires_grad=True)
     at_fused.attention_loss(student, torch.ones(1, 1, 2, 2), backend="cuda").backward(torch.tensor(2.0))
     assert cuda._last_was_one == 1, "not looked at"

@@ -158,11 +158,12 @@ def single_pass() -> bool:
 def ahead(students: Sequence[Tensor], teachers: Sequence[Tensor], p: float) -> bool:
     global _note_is_wanted
     feats = (*students, *teachers)
-    # Where the cache holds the features, the second read of the students costs no device memory.
-    _note_is_wanted = sum([feat.nbytes for feat in feats]) > _l2_bytes(
-        feats[0].device.index
-    ) and torch.ops.at_fused_cuda.one_pass_pays(students, teachers, p)
-    note = _note() if _note_is_wanted else None
+    if sum([feat.nbytes for feat in feats]) <= _l2_bytes(feats[0].device.index):
+        return False  # the second read of the students costs no device memory
+    if not torch.ops.at_fused_cuda.one_pass_pays(students, teachers, p):
+        return False
+    _note_is_wanted = True
+    note = _note()
     return note is not None and bool(note.item())
 
 
@@ -180,9 +181,7 @@ def _l2_bytes(device: int) -> int:
     return size
 
 
-_note_is_wanted = (
-    False  # by the last call: writing to the host's memory lengthens a backward pass by a microsecond
-)
+_note_is_wanted = False  # until a call could take one pass: a kernel waits for what it writes to the host
 _last_was_one: Tensor | None = None
 
 

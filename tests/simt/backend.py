@@ -46,8 +46,8 @@ def set_device(
 ) -> None:
     """By default an H100. Sizes in bytes; a call whose activations exceed `l2` may take the one-pass form.
 
-    `ptx_version` and `binary_version` are of the code that runs; where its streams are `capturing`, into graphs;
-    where it not `runs`, launches do nothing, and what a call takes is the host's part.
+    `ptx_version` and `binary_version` are of the code that runs; `capturing`: its streams are, into graphs;
+    not `runs`: launches do nothing, and what a call takes is the host's part.
     """
     torch.ops.simt.device(
         multiprocessors,
