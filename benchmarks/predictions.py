@@ -19,7 +19,7 @@ from typing import Any
 
 from at_fused._terminal import lenient_output
 from at_fused.visualize.paths import user_path
-from benchmarks import report
+from benchmarks import issue, report
 from benchmarks.loss_tables import extra_percent, host_overhead_us
 from benchmarks.providers import LAUNCHES
 from benchmarks.report import Row, Table
@@ -202,7 +202,7 @@ def page(rows: Sequence[Row], machine: dict[str, Any] | None) -> str:
     titles = Table(
         "Workloads", ["name", "features"], [[name, workload.title] for name, workload in WORKLOADS.items()]
     )
-    tables = [cells_table(rows), goals_table(rows), titles]
+    tables = [cells_table(rows), issue.table(), goals_table(rows), titles]
     return report.markdown("GPU: predictions and goals", machine, tables)
 
 

@@ -16,6 +16,7 @@ import models
 from at_fused import backends
 from benchmarks import (
     counters,
+    issue,
     loss_tables,
     predictions,
     providers,
@@ -476,6 +477,26 @@ def test_predictions_are_not_taken_for_measurements(tmp_path: Path) -> None:
     assert "reached" not in page
     assert "missed" not in page
     assert "Measured on" not in page
+
+
+def test_predicted_share_of_the_bandwidth() -> None:
+    """ImageNet on an H200, channels-last: 39.8 instructions per vector of either map, 35.5 of the gradient."""
+    (cell,) = [
+        cell
+        for cell in select_cells(device_type="cuda", layouts=("channels_last",), dtypes=("bf16",))
+        if (cell.workload, cell.p) == ("imagenet", 2)
+    ]
+    h200 = next(gpu for gpu in issue.GPUS if gpu.name == "H200")
+    s = t = 192.675840e6
+    memory = (3 * s + t) / 4.3e12
+    issued = (39.8 * (s + t) + 35.5 * s) / 16 / (132 * 4 * 32 * 1.97e9)
+    expected = memory / ((memory**4 + issued**4) ** 0.25 + 6e-6)
+    assert issue.share(cell, h200, one_pass=False) == pytest.approx(expected, rel=1e-4)
+    assert issue.walks(cell, one_pass=True) == {
+        "channels-last map": t,
+        "channels-last map, staged": s,
+        "channels-last gradient, staged": s,
+    }
 
 
 def test_goals_take_the_worst_cell_of_the_best_backend() -> None:

@@ -19,6 +19,7 @@ from cases import LAYOUTS, name_of
 from wheels import ROOT, build_wheel, lines_about_us, packaged
 
 from at_fused.backends import cuda
+from benchmarks.issue import INSTRUCTIONS
 
 
 def triton_folders() -> list[str]:
@@ -71,18 +72,18 @@ def test_local_memory_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90a", "sm_100"])
-def power2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What ptxas says of the kernels for p = 2 on an architecture, and their machine code."""
+def power2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
+    """What ptxas says of the kernels for p = 2 on an architecture, their machine code, and its name."""
     cubin = tmp_path_factory.mktemp(request.param) / "power2.cubin"
     log = nvcc(SOURCES / "power2.cu", f"-arch={request.param}", "-Xptxas=-v", "-cubin", "-o", str(cubin))
-    return log, cubin
+    return log, cubin, request.param
 
 
 @needs_nvcc
 @pytest.mark.slow
-def test_two_blocks_share_a_multiprocessor(power2: tuple[str, Path]) -> None:
+def test_two_blocks_share_a_multiprocessor(power2: tuple[str, Path, str]) -> None:
     """No spills within the 72 registers that two blocks of 416 threads may have."""
-    log, _ = power2
+    log, _, _ = power2
     assert wasteful(log) == []
     assert len(registers(log)) == 4
     assert max(registers(log).values()) <= 72
@@ -98,25 +99,12 @@ def test_no_spills_on_other_architectures(architecture: str, tmp_path: Path) -> 
     assert len(registers(log)) == 4
 
 
-# Instructions per 16-byte vector, over all channels-last widths and both forms: docs/kernels.md.
-BUDGET = {
-    "channels-last map": 45,
-    "channels-last map, staged": 48,
-    "channels-last gradient": 40,
-    "channels-last gradient, staged": 36,
-    "channels-first map": 24,
-    "channels-first map, staged": 26,
-    "channels-first gradient": 33,
-    "channels-first gradient, staged": 32,
-}
-
-
 @needs_nvcc
 @pytest.mark.skipif(NVDISASM is None, reason="needs nvdisasm, on the PATH or in Triton's package")
 @pytest.mark.slow
-def test_instructions_are_within_their_budget(power2: tuple[str, Path]) -> None:
+def test_instructions_are_within_their_budget(power2: tuple[str, Path, str]) -> None:
     """Memory must limit the kernels: not the issue of instructions, nor fp64 where it is 64 times as slow."""
-    _, cubin = power2
+    _, cubin, architecture = power2
     listing = subprocess.run(
         [str(NVDISASM), "-c", str(cubin)], capture_output=True, text=True, check=True
     ).stdout
@@ -126,8 +114,12 @@ def test_instructions_are_within_their_budget(power2: tuple[str, Path]) -> None:
             counted[walk] = max(cost, counted.get(walk, 0))
         if "loss_kernel" in name:
             assert 10 < sass.fp64(kernel) < 30, name
-    assert set(counted) == {f"{dtype} {walk}" for dtype in ("bf16", "fp16", "fp32") for walk in BUDGET}
-    over = {walk: cost for walk, cost in counted.items() if cost > BUDGET[walk.split(" ", 1)[1]]}
+    assert set(counted) == {f"{dtype} {walk}" for dtype in ("bf16", "fp16", "fp32") for walk in INSTRUCTIONS}
+    over = {
+        walk: cost
+        for walk, cost in counted.items()
+        if cost > 1.1 * INSTRUCTIONS[walk.split(" ", 1)[1]][architecture]
+    }
     assert not over
     assert min(counted.values()) > 6, "counts what it should: a load, four additions, the loop"
 
