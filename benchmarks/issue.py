@@ -1,8 +1,9 @@
 """What the issue of instructions leaves of a GPU's memory bandwidth: a model, written down before measuring.
 
-A scheduler issues one instruction per cycle. The CUDA kernels' time is taken as (memory^4 + issue^4)^(1/4), a maximum
-that is soft where the two are close, and 3 µs per kernel to start and to drain. What blocks wait for at barriers, lanes
-without work, and whether a form is taken at all are left out: the shares are upper bounds.
+A scheduler issues one instruction per cycle. The CUDA kernels' time is taken as
+(memory^4 + issue^4)^(1/4), a maximum that is soft where the two are close, and 3 µs per kernel to start
+and to drain. The shares are upper bounds: left out are waits at barriers, lanes without work, and whether
+a form is taken at all.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from benchmarks.report import Table
 from benchmarks.workloads import Cell, select_cells
 
-# Machine instructions per 16-byte vector, p = 2, bf16, that nvcc 13 makes; tests/test_cuda_build.py counts them.
+# Machine instructions per 16-byte vector, p = 2, bf16, by nvcc 13; tests/test_cuda_build.py counts them.
 INSTRUCTIONS = {
     "channels-last map": {"sm_80": 40.5, "sm_90a": 39.8, "sm_100": 35.8},
     "channels-last map, staged": {"sm_80": 43.5, "sm_90a": 43.0, "sm_100": 39.5},

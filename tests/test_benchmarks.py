@@ -480,7 +480,7 @@ def test_predictions_are_not_taken_for_measurements(tmp_path: Path) -> None:
 
 
 def test_predicted_share_of_the_bandwidth() -> None:
-    """ImageNet on an H200, channels-last: 39.8 instructions per vector of either map, 35.5 of the gradient."""
+    """ImageNet on an H200, channels-last: 39.8 instructions per vector of a map, 35.5 of the gradient."""
     (cell,) = [
         cell
         for cell in select_cells(device_type="cuda", layouts=("channels_last",), dtypes=("bf16",))
