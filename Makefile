@@ -46,7 +46,8 @@ $(TOOLS): pyproject.toml | $(READY)
 	@touch $@
 
 # The suite's tests of the Triton backend, whose interpreter, once asked for, serves every CPU tensor.
-INTERPRETED := $(patsubst %,tests/test_%.py,attention_map attention_loss addend compositions properties) \
+INTERPRETED := $(patsubst %,tests/library/test_%.py,\
+	attention_map attention_loss gradient_addend compositions properties) \
 	-k 'triton or test_properties'
 
 # A file's tests share what they train: all of them go to one process.
@@ -67,7 +68,7 @@ mini: $(if $(DATA),setup) ## Tables 4 and 5 in minutes on any folder of images: 
 
 docs: $(READY) $(TOOLS) ## build the guide and the API reference into build/site, and check them
 	@$(BIN)/zensical build --strict --clean
-	@$(BIN)/python -m pytest -q tests/test_docs.py
+	@$(BIN)/python -m pytest -q tests/docs/test_docs.py
 
 lint: $(READY) $(TOOLS) ## ruff and mypy
 	@echo "[lint] ruff check" && $(BIN)/ruff check --quiet .
@@ -101,14 +102,14 @@ sanitize: $(READY) $(TOOLS) ## run the library's tests on a build with AddressSa
 		$(INSTALL) -qq --no-deps --no-build-isolation --target $(SANITIZED) .
 	@echo "[sanitize] pytest"
 	@PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/pytest $(PARALLEL) worksteal tests/test_attention_map.py tests/test_attention_loss.py
+		$(BIN)/pytest $(PARALLEL) worksteal $(patsubst %,tests/library/test_attention_%.py,map loss)
 	@echo "[sanitize] CUDA kernels on the CPU"
 	@for kinds in address,undefined thread; do \
-		driver=$$($(BIN)/python tests/simt/build.py attention_driver $$kinds) && "$$driver" || exit 1; done
+		driver=$$($(BIN)/python tests/cuda_on_cpu/build.py attention_driver $$kinds) && "$$driver" || exit 1; done
 
 soak: $(READY) $(TOOLS) ## the property and stress tests at length: about half an hour
-	@AT_FUSED_EXAMPLES=20000 AT_FUSED_SOAK=10 $(BIN)/python -m pytest -q tests/test_properties.py \
-		tests/test_stress.py tests/test_kills.py
+	@AT_FUSED_EXAMPLES=20000 AT_FUSED_SOAK=10 $(BIN)/python -m pytest -q \
+		$(addprefix tests/,library/test_properties.py library/test_stress.py trainer/test_kills.py)
 
 clean: ## remove what was built (keeps .venv and runs)
 	@rm -rf build dist *.egg-info at_fused/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis $(READY) $(TOOLS)

@@ -76,8 +76,10 @@ def pieces(results: Path, device: str, quick: bool, cifar: Path | None, has_libr
 
     cuda = first("first-cuda", "ours-cuda", "ours-cuda-two-pass")
     triton = first("first-triton", "ours-triton")
-    device_test = test("cuda_device", "tests/test_cuda_device.py")
-    numbers = ("tests/test_attention_loss.py", "tests/test_attention_map.py", "tests/test_compositions.py")
+    device_test = test("cuda_device", "tests/library/test_cuda_device.py")
+    numbers = [
+        f"tests/library/test_{name}.py" for name in ("attention_loss", "attention_map", "compositions")
+    ]
     hot = [python, "-m", "pytest", "-q", "benchmarks", "--benchmark-only"]
     lacks = None if importlib.util.find_spec("pydantic") else "pydantic is not installed"
     return [
@@ -96,9 +98,9 @@ def pieces(results: Path, device: str, quick: bool, cifar: Path | None, has_libr
         loss("fp16", *FEW, "--dtypes", "fp16"),
         loss("powers", *FEW, "--p", "1", "4", "--modes", "both"),
         test("compositions", numbers[2], "-k", "cuda or triton"),
-        test("properties", "tests/test_properties.py"),
-        test("stress", "tests/test_stress.py", "-k", "cuda or triton"),
-        test("trainer", "tests/test_trainer.py", "tests/test_methods.py", obstacle=lacks),
+        test("properties", "tests/library/test_properties.py"),
+        test("stress", "tests/library/test_stress.py", "-k", "cuda or triton"),
+        test("trainer", "tests/trainer/test_trainer.py", "tests/trainer/test_methods.py", obstacle=lacks),
         suite("scaling", "scaling", "--resume", "--providers", "authors", "vecdot", "compile", "ours"),
         Piece("hot-cells", [*hot, f"--benchmark-json={results / 'hot-cells.json'}"]),
     ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from benchmarks.report import Table
 from benchmarks.workloads import Cell, select_cells
 
-# Machine instructions per 16-byte vector, p = 2, bf16, by nvcc 13; tests/test_cuda_build.py counts them.
+# Machine instructions per 16-byte vector, p = 2, bf16, by nvcc 13; tests/packaging/test_cuda_build.py counts.
 INSTRUCTIONS = {
     "channels-last map": {"sm_80": 40.5, "sm_90a": 39.8, "sm_100": 35.8},
     "channels-last map, staged": {"sm_80": 43.5, "sm_90a": 43.0, "sm_100": 39.5},

@@ -1,0 +1,5 @@
+"""Where things are in the checkout that is tested."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]

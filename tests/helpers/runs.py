@@ -1,0 +1,172 @@
+"""Trainings small enough for a test, alone and over ranks: how they are started, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from paths import ROOT
+from PIL import Image
+
+import train
+
+SMALL = {
+    "dataset": "digits",
+    "limit-train": 200,
+    "limit-test": 100,
+    "batch-size": 64,  # 3 batches and one of 8
+    "epochs": 3,
+    "student": "wrn-10-1",
+    "lr-schedule": "onecycle",
+    "threads": 1,
+}
+DISTRIBUTED = {
+    "dataset": "digits",
+    "limit-train": 203,  # three batches of 64 and one of 11, which neither 2 nor 4 ranks share equally
+    "limit-test": 103,
+    "batch-size": 64,
+    "test-batch-size": 16,
+    "epochs": 2,
+    "student": "wrn-10-1",
+    "lr": 0.0005,  # a higher one lets fp32's roundings grow beyond 1e-5 in 20 steps
+    "lr-schedule": "cosine",
+    "freeze-bn": "true",
+    "threads": 1,
+    "device": "cpu",
+}
+TIMING = ("seconds", "images_per_second")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+CLASSES = ("ant", "bee", "cat")
+
+
+def flags(keys: dict[str, Any]) -> list[str]:
+    return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+
+
+def dashed(keys: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments, spelt as recipes and flags are."""
+    return {key.replace("_", "-"): value for key, value in keys.items()}
+
+
+def run(folder: Path, **keys: Any) -> int:
+    """train.py in this process; the threads it sets are set back by the fixture."""
+    return train.main(flags(SMALL | dashed(keys) | {"output-dir": folder}))
+
+
+def metrics(folder: Path, timing: bool = False) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines if timing else [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def check_same(folder: Path, undisturbed: Path) -> None:
+    assert (folder / "model.pt").read_bytes() == (undisturbed / "model.pt").read_bytes()
+    assert metrics(folder) == metrics(undisturbed)
+    kept = [name for name in os.listdir(folder) if not name.startswith("events.")]
+    assert sorted(kept) == sorted(n for n in os.listdir(undisturbed) if not n.startswith("events."))
+
+
+def check_refusal(code: int, capsys: pytest.CaptureFixture[str], *words: str) -> None:
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("train.py: error: ")
+    for word in words:
+        assert word in err
+
+
+def command(ranks: int, folder: Path, **keys: Any) -> list[str]:
+    values = DISTRIBUTED | dashed(keys) | {"output-dir": folder}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *launcher, str(ROOT / "train.py"), *flags(values)]
+
+
+def launch(ranks: int, folder: Path, **keys: Any) -> subprocess.CompletedProcess[str]:
+    line = command(ranks, folder, **keys)
+    return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def in_a_child(work: Callable[[], int]) -> int:
+    """A forked process, which spares every run the imports; its number."""
+    if torch.cuda.is_available():
+        pytest.skip("where there is CUDA, autograd's threads do not survive a fork")
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return child
+
+
+def code_of(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def fork_ranks(
+    ranks: int, folder: Path, main: Callable[[list[str]], int] = train.main, **keys: Any
+) -> subprocess.CompletedProcess[str]:
+    """What `launch` does, sooner: without torchrun and the imports."""
+    if torch.cuda.is_available() and main is train.main:  # see `in_a_child`
+        return launch(ranks, folder, **keys)
+    words = flags(DISTRIBUTED | dashed(keys) | {"output-dir": folder})
+    port = free_port()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+
+        def work(rank: int) -> int:
+            signal.alarm(300)
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ |= {name: str(value) for name, value in (numbers | address).items()}
+            sys.stdout, sys.stderr = out, err
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            return main(words)
+
+        children = [in_a_child(partial(work, rank)) for rank in range(ranks)]
+        codes = [code_of(child) for child in children]
+        texts = [file.seek(0) or file.read() for file in (out, err)]
+    return subprocess.CompletedProcess(words, next(filter(None, codes), 0), *texts)
+
+
+def results(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines, torch.load(folder / "model.pt", weights_only=True)
+
+
+def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
+    draw = np.random.default_rng(seed)
+    return Image.fromarray(draw.integers(256, size=(height, width, 3), dtype=np.uint8))
+
+
+def make_folders(root: Path, train: int = 8, val: int = 3) -> Path:
+    """`train` and `val` random images of each class."""
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                picture(1000 * label + 10 * i + (split == "val")).save(folder / f"{i}.png")
+    return root
