@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 READY := $(VENV)/.at_fused-ready# made by a complete, ordinary install only: anything less is tried again
 TOOLS := $(VENV)/.tools-ready
 PARALLEL := -q -n auto --benchmark-disable --dist# and how to share the tests
-CODE := at_fused models trainer train.py benchmarks examples
+CODE := at_fused models trainer train.py benchmarks reproduce examples
 INPUTS := pyproject.toml setup.py at_fused/__init__.py models/torchvision_compat.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
@@ -59,12 +59,12 @@ test: $(READY) $(TOOLS) ## run every test
 		TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) worksteal $(INTERPRETED); fi
 
 demo: setup ## train a teacher, a student and a student with attention transfer on digits
-	@$(BIN)/python examples/demo.py
+	@$(BIN)/python -m reproduce.demo
 
 DATA ?=
 mini: $(if $(DATA),setup) ## Tables 4 and 5 in minutes on any folder of images: make mini DATA=FOLDER_WITH_train_AND_val
 	@test -n "$(DATA)" || { echo "[mini] which images? make mini DATA=FOLDER_WITH_train_AND_val"; exit 2; }
-	@$(BIN)/python -m benchmarks.mini --data-dir "$(DATA)" --out runs/mini
+	@$(BIN)/python -m reproduce.mini --data-dir "$(DATA)" --out runs/mini
 
 docs: $(READY) $(TOOLS) ## build the guide and the API reference into build/site, and check them
 	@$(BIN)/zensical build --strict --clean

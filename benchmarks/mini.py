@@ -1,78 +1,8 @@
-"""Tables 4 and 5 in minutes, on any folder of images: what `make mini` runs.
+"""The old name of `python -m reproduce.mini`, for one release."""
 
-    python -m benchmarks.mini --data-dir DIR --out runs/mini
-
-DIR holds train and val (or test), with a folder for each class. A little more than half of the classes stand
-for ImageNet: Table 5's teacher and students are trained on them from scratch. The others stand for Scenes:
-Table 4 fine-tunes the teacher and the student of Table 5 on them. The recipes are the paper's, shrunk
-(recipes/mini).
-
-Finished trainings are kept, interrupted ones continue. OUT/mini.md has the errors and how alike the maps are;
-OUT/maps-table5.png and OUT/maps-table4.png show the maps as Figure 6, before and after attention transfer.
-"""
-
-from __future__ import annotations
-
-import argparse
-import os
 import sys
-import time
-from collections.abc import Sequence
 
-from at_fused._terminal import lenient_output
-from benchmarks import mini_plan, paper_runs
-from benchmarks.command_line import Parser, absolute, exclusive, folder, positive
-from trainer.errors import ConfigError
-
-
-@lenient_output()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 where a training has failed, 2 after a mistake, which is told in one line."""
-    begun = time.perf_counter()
-    try:
-        args = _parse(argv)
-        with exclusive(args.out):
-            pretraining, finetuning = mini_plan.split(args.data_dir, args.out / "data")
-            runs = mini_plan.plan(args.out, pretraining, finetuning, args.epochs)
-            # The student that Table 4 starts from is one of the first, so these may go side by side.
-            first = [*runs.table5.values(), runs.table4["teacher"]]
-            for jobs in (first, list(runs.table4.values())):
-                if paper_runs.run(jobs, args.out / "logs", args.jobs, lambda: None):
-                    return 1
-    except ConfigError as error:
-        print(f"benchmarks.mini: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
-    from benchmarks import mini_report  # matplotlib takes a second: only those who report pay
-
-    print(mini_report.write(args.out, runs))
-    print(
-        f"{time.perf_counter() - begun:.0f} s; errors and maps: {', '.join(mini_report.FILES)} in {args.out}"
-    )
-    return 0
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m benchmarks.mini",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add = parser.add_argument
-    add("--data-dir", required=True, type=absolute, metavar="DIR", help="the images")
-    add("--out", required=True, type=folder, metavar="DIR", help="where runs and results go")
-    add("--epochs", type=positive, metavar="N", help="instead of the recipes'; at-start-epoch in proportion")
-    add(
-        "--jobs",
-        type=positive,
-        default=min(cores, 3),
-        metavar="N",
-        help="trainings at a time (default: the cores)",
-    )
-    return parser.parse_args(argv)
-
+from reproduce.mini.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -78,7 +78,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 @each_text
 def test_files_exist(path: Path) -> None:
-    folders = "at_fused|benchmarks|csrc|docs|examples|models|recipes|tests|trainer"
+    folders = "at_fused|benchmarks|csrc|docs|examples|models|recipes|reproduce|tests|trainer"
     named = re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w)", path.read_text())
     real = [name for name in named if "NAME" not in name]
     assert [name for name in real if not (ROOT / name).exists()] == []

@@ -175,6 +175,6 @@ def test_runs_as_its_text_says(name: str, tmp_path: Path) -> None:
 
 def test_every_example_is_tested_and_short() -> None:
     files = {path.stem: path for path in EXAMPLES.glob("*.py")}
-    assert set(files) == {*NEEDS, "__init__", "demo", "demo_report"}
+    assert set(files) == {*NEEDS, "__init__"}
     for name in NEEDS:
         assert len(files[name].read_text().splitlines()) < 80, name

@@ -25,7 +25,7 @@ def tree(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "at_fused", copy / "at_fused", ignore=WITHOUT_BUILDS)
     (copy / "csrc" / "cpu").mkdir(parents=True)
     (copy / "csrc" / "cpu" / "stub.cpp").write_text(STUB)
-    for folder in ("models", "trainer", "benchmarks", "tests"):  # must stay out of the wheel
+    for folder in ("models", "trainer", "benchmarks", "reproduce", "tests"):  # must stay out of the wheel
         (copy / folder).mkdir()
         (copy / folder / "__init__.py").touch()
     return copy

@@ -103,7 +103,7 @@ def test_pure_wheel_holds_the_package_and_nothing_else(tree: Path) -> None:
 def test_version_is_stated_once() -> None:
     stated = [
         path.relative_to(ROOT).as_posix()
-        for folder in ("at_fused", "models", "trainer", "benchmarks", "examples")
+        for folder in ("at_fused", "models", "trainer", "benchmarks", "reproduce", "examples")
         for path in (ROOT / folder).rglob("*.py")
         if re.search(r"^__version__\s*=", path.read_text(), re.MULTILINE)
     ]

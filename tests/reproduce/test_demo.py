@@ -13,8 +13,9 @@ import yaml
 from paths import ROOT
 
 import models
-from examples import demo, demo_report
-from examples.demo_report import Answers, Run
+from reproduce.demo import __main__ as demo
+from reproduce.demo import report as demo_report
+from reproduce.demo.report import Answers, Run
 
 ERRORS = {"teacher": [3.0], "student": [30.0, 10.0, 20.0], "student-at": [15.0, 9.0, 12.0]}
 
@@ -126,7 +127,7 @@ def test_a_failing_training_ends_the_demo_with_its_last_line(
 ) -> None:
     assert demo.main(["--output-dir", str(tmp_path / "demo"), "--jobs", "1", "--epochs", "none"]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("demo.py: error: teacher stopped with code 2: ")
+    assert message.startswith("reproduce.demo: error: teacher stopped with code 2: ")
     assert "epochs" in message
     assert message.count("\n") == 1
 

@@ -12,9 +12,10 @@ import torch
 from paths import ROOT
 from PIL import Image
 
-from benchmarks import mini, mini_plan, mini_report
-from benchmarks.command_line import exclusive
-from benchmarks.paper_plan import Job
+from reproduce.command_line import exclusive
+from reproduce.mini import __main__ as mini
+from reproduce.mini import plan, report
+from reproduce.tables import Job
 
 CLASSES = ["ant", "bee", "cat", "dog", "n03028079"]  # the last one is Imagenette's church
 
@@ -39,7 +40,7 @@ def found(folder: Path) -> list[str]:
 def test_more_than_half_of_the_classes_are_for_pretraining(tmp_path: Path, held_out: str) -> None:
     images = make_images(tmp_path / "images", held_out)
     for _ in range(2):  # links that are there are right
-        pretraining, finetuning = mini_plan.split(images, tmp_path / "out")
+        pretraining, finetuning = plan.split(images, tmp_path / "out")
         assert found(pretraining) == [
             f"{s}/{name}" for s in ("train", "val") for name in ("ant", "bee", "cat")
         ]
@@ -51,20 +52,20 @@ def test_more_than_half_of_the_classes_are_for_pretraining(tmp_path: Path, held_
 def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
     images = make_images(tmp_path / "images", classes=[".ipynb_checkpoints", *CLASSES])
     (images / "train/.cache").mkdir()
-    parts = mini_plan.split(images, tmp_path / "out")
+    parts = plan.split(images, tmp_path / "out")
     assert [len(found(part)) for part in parts] == [6, 4]
     assert not any(".ipynb_checkpoints" in name for part in parts for name in found(part))
 
 
 def test_ten_classes_are_six_and_four(tmp_path: Path) -> None:
-    pretraining, finetuning = mini_plan.split(
+    pretraining, finetuning = plan.split(
         make_images(tmp_path / "images", classes=list("abcdefghij")), tmp_path
     )
     assert [len(found(part)) / 2 for part in (pretraining, finetuning)] == [6, 4]
 
 
 def test_weights_come_from_where_they_should(tmp_path: Path) -> None:
-    runs = mini_plan.plan(tmp_path, tmp_path / "first", tmp_path / "second", epochs=2)
+    runs = plan.plan(tmp_path, tmp_path / "first", tmp_path / "second", epochs=2)
     teacher, student = (tmp_path / f"table5/{name}/model.pt" for name in ("teacher", "student"))
     tuned = tmp_path / "table4/teacher/model.pt"
     expected: dict[str, dict[str, tuple[Path | bool, Path | None]]] = {
@@ -98,7 +99,7 @@ def broken(tmp_path: Path, fault: str) -> list[str]:
         (images / "train/bee").rename(images / "train/caf\u00e9")
         (images / "val/bee").rename(images / "val/cafe\u0301")
     if fault == "links to other images":
-        mini_plan.split(make_images(tmp_path / "others"), out / "data")
+        plan.split(make_images(tmp_path / "others"), out / "data")
     if fault == "expected a folder":
         out.write_text("")
     if fault == "No such file":
@@ -124,7 +125,7 @@ def test_a_mistake_is_told_in_one_line(
 ) -> None:
     assert mini.main(broken(tmp_path, fault)) == 2
     (told,) = capsys.readouterr().err.splitlines()
-    assert told.startswith("benchmarks.mini: error: ")
+    assert told.startswith("reproduce.mini: error: ")
     assert fault in told
 
 
@@ -135,12 +136,12 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_likeness_of_maps() -> None:
-    def answers(*maps: list[list[float]]) -> mini_report.Answers:
-        return mini_report.Answers(["ant"] * 2, [torch.tensor(layer)[:, None] for layer in maps])
+    def answers(*maps: list[list[float]]) -> report.Answers:
+        return report.Answers(["ant"] * 2, [torch.tensor(layer)[:, None] for layer in maps])
 
     teacher = answers([[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]])
     student = answers([[2.0, 0.0], [5.0, 0.0]], [[3.0, 3.0], [1.0, 0.0]])
-    assert mini_report.likeness(student, teacher) == pytest.approx({"layer3": 0.5, "layer4": 0.5 + 0.5**1.5})
+    assert report.likeness(student, teacher) == pytest.approx({"layer3": 0.5, "layer4": 0.5 + 0.5**1.5})
 
 
 def test_lines_of_the_table() -> None:
@@ -155,7 +156,7 @@ def test_lines_of_the_table() -> None:
     teacher = alone | {"label": "teacher", "network": "resnet-34"}
     before = {"label": "student before", "layer3": 0.125, "layer4": 1.0}
     rows = [teacher, before, alone, taught]
-    assert [mini_report.line(row, rows) for row in rows] == [
+    assert [report.line(row, rows) for row in rows] == [
         ["teacher", "resnet-34", "20.0 ± 2.0", "", "30.4", "", "", ""],
         ["student before", "", "", "", "", "", "0.12", "1.00"],
         ["student alone", "resnet-18", "20.0 ± 2.0", "", "30.4", "", "0.50", "0.25"],
@@ -183,7 +184,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert page in printed
     assert page.count("\n| teacher | resnet-34 |") == 2
     assert "| student before |" in page.partition("Table 4")[2]
-    for name in mini_report.FILES[1:]:
+    for name in report.FILES[1:]:
         with Image.open(out / name) as image:
             assert min(image.size) > 300
     rows = json.loads((out / "mini.json").read_text())["rows"]

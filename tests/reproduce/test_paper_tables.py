@@ -15,9 +15,11 @@ import pytest
 import torch
 from paths import ROOT
 
-from benchmarks import paper, paper_plan, paper_report, paper_runs
-from benchmarks.command_line import exclusive
-from benchmarks.paper_plan import Job, Plan
+import reproduce.jobs
+from reproduce import __main__ as paper
+from reproduce import report, tables
+from reproduce.command_line import exclusive
+from reproduce.tables import Job, Plan
 from trainer.config import make_config
 from trainer.errors import ConfigError
 
@@ -160,9 +162,9 @@ def test_keys_may_be_typed_with_underscores_and_spaces() -> None:
         paper._pair("seed =3")
 
 
-@pytest.mark.parametrize("table", paper_plan.TABLES)
+@pytest.mark.parametrize("table", tables.TABLES)
 def test_no_key_makes_a_cell_another_one(table: str, tmp_path: Path) -> None:
-    columns = [column for row in paper_plan.TABLES[table]["rows"].values() for column in row]
+    columns = [column for row in tables.TABLES[table]["rows"].values() for column in row]
     cells = plan(tmp_path, table, schedule="paper", rows=None, seeds=1, columns=columns).cells
     for row in {cell.row for cell in cells}:
         own = [c.jobs[0].config for c in cells if c.row == row and not c.column.endswith("teacher")]
@@ -223,19 +225,19 @@ def test_known_runs_are_not_trained_again(tmp_path: Path) -> None:
     first = plan(tmp_path / "first", columns=["student", "at", "teacher"])
     for number, job in enumerate(first.jobs):
         finish(job, 10.0 + number)
-    paper_report.write(first)
+    report.write(first)
     known = [tmp_path / "first/short/table1.json"]
     second = plan(tmp_path / "second", "table2", known=known)
     others = [f"table2/{column}/seed{seed}" for seed in (0, 1) for column in ("f-sum", "f-sum4", "f-max")]
     assert [job.name for job in second.jobs] == [TEACHER, *others]  # their teacher's weights are needed
-    cells = {entry["column"]: entry["runs"] for entry in paper_report.results(second)["cells"]}
+    cells = {entry["column"]: entry["runs"] for entry in report.results(second)["cells"]}
     assert [run["last_test_error"] for run in cells["f-sum2"]] == [12.0, 14.0]
     assert [run["last_test_error"] for run in cells["student"]] == [11.0, 13.0]
     assert [run["last_test_error"] for run in cells["teacher"]] == [10.0]
     assert cells["f-max"] == []
     assert plan(tmp_path / "second", columns=["student", "at"], known=known).jobs == []
     finish(second.jobs[0], 20.0)  # one's own come first
-    assert paper_report.results(second)["cells"][-1]["runs"][0]["last_test_error"] == 20.0
+    assert report.results(second)["cells"][-1]["runs"][0]["last_test_error"] == 20.0
     other = plan(tmp_path / "second", columns=["student", "at"], known=known, epochs=9)
     assert [job.name for job in other.jobs] == [job.name for job in first.jobs]
     given = tmp_path / "t.pt"
@@ -249,12 +251,12 @@ def test_of_several_known_files_any_may_match(tmp_path: Path) -> None:
         own = plan(tmp_path / str(epochs), columns=["student"], epochs=epochs)
         for job in own.jobs:
             finish(job, 10.0 + epochs)
-        paper_report.write(own)
+        report.write(own)
         known.append(own.folder / "table1.json")
     for files in (known, known[::-1]):
         later = plan(tmp_path, columns=["student"], epochs=3, known=files)
         assert later.jobs == []
-        assert paper_report.results(later)["cells"][0]["median_last"] == 13.0
+        assert report.results(later)["cells"][0]["median_last"] == 13.0
 
 
 def test_a_folder_that_was_moved_holds_the_same_runs(tmp_path: Path) -> None:
@@ -264,7 +266,7 @@ def test_a_folder_that_was_moved_holds_the_same_runs(tmp_path: Path) -> None:
     (tmp_path / "first").rename(tmp_path / "second")
     second = plan(tmp_path / "second", columns=["at"], seeds=1)
     assert all(job.summary() for job in second.jobs)
-    (run,) = paper_report.results(second)["cells"][0]["runs"]
+    (run,) = report.results(second)["cells"][0]["runs"]
     assert run["config"]["teacher-checkpoint"] == f"{TEACHER}/model.pt"
 
 
@@ -277,7 +279,7 @@ def test_a_given_teacher_is_told_by_its_path_or_name(tmp_path: Path) -> None:
 
     own = chosen("own", "t.pt")
     finish(own.jobs[0], 10.0)
-    paper_report.write(own)
+    report.write(own)
     with pytest.raises(ConfigError, match="teacher-checkpoint differ"):
         chosen("own", "x/t.pt").jobs[0].summary()
     known = [own.folder / "table1.json"]
@@ -295,7 +297,7 @@ def test_a_run_that_max_steps_cut_short_is_not_finished(tmp_path: Path) -> None:
     cut = chosen("own", 5)
     (job,) = cut.jobs
     finish(job, 10.0)
-    paper_report.write(cut)
+    report.write(cut)
     known = [cut.folder / "table1.json"]
     for steps, kept in ((5, True), (3, True), (7, False), (None, False)):
         assert (chosen("own", steps).jobs[0].summary() is not None) is kept
@@ -309,20 +311,20 @@ def test_a_run_that_max_steps_cut_short_is_not_finished(tmp_path: Path) -> None:
 def test_top5_error_where_the_paper_has_it(tmp_path: Path) -> None:
     own = plan(tmp_path, "table5", schedule="paper", columns=["student", "at"])
     finish(own.cells[0].jobs[0], 40.0, last_test_top5_error=15.5)
-    lines = paper_report.write(own).splitlines()
+    lines = report.write(own).splitlines()
     assert lines[2].endswith("| paper | its change | top 5 | its top 5 |")
     assert lines[4].endswith("| 40.00 | 39.00 | 1 |  | 30.40 |  | 15.50 | 10.80 |")
     assert lines[5].endswith("| not finished |  | 0 |  | 29.30 | −1.10 |  | 10.00 |")
     result = json.loads((tmp_path / "paper/table5.json").read_text())
     assert result["cells"][0]["runs"][0]["last_test_top5_error"] == 15.5
-    assert paper_report.markdown(result).splitlines() == lines
+    assert report.markdown(result).splitlines() == lines
 
 
 def test_a_second_teacher_has_no_change(tmp_path: Path) -> None:
     own = plan(tmp_path, "table3", seeds=None)
     for number, job in enumerate(own.jobs):
         finish(job, 20.0 + number)
-    lines = paper_report.write(own).splitlines()
+    lines = report.write(own).splitlines()
     assert lines[-1].endswith("| teacher of AT | 21.00 | 20.00 | 1 |  |  |  |")
     assert lines[-3].endswith("| 11.20 | −2.30 |")
 
@@ -330,7 +332,7 @@ def test_a_second_teacher_has_no_change(tmp_path: Path) -> None:
 def test_unfinished_cells_say_so(tmp_path: Path) -> None:
     own = plan(tmp_path)
     finish(own.jobs[1], 13.0)
-    text = paper_report.write(own)
+    text = report.write(own)
     assert "| AT | not finished |  | 0 |  | 7.93 | −0.84 |" in text
     assert "| student alone | 13.00 | 12.00 | 1 |" in text
 
@@ -338,7 +340,7 @@ def test_unfinished_cells_say_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_committed_results_are_what_their_json_says(path: Path) -> None:
     """And so are the documentation's."""
-    text = paper_report.markdown(json.loads(path.read_text()))
+    text = report.markdown(json.loads(path.read_text()))
     assert text == path.with_suffix(".md").read_text()
     rows = text.partition("\n\n")[2]
     assert rows in (ROOT / "docs/results.md").read_text()
@@ -353,7 +355,7 @@ def test_figures_are_medians_over_seeds(tmp_path: Path) -> None:
     for cell in own.cells:
         for job, error in zip(cell.jobs, errors[cell.column], strict=True):
             finish(job, error, last_test_top5_error=2 * error - 60)
-    student, at = paper_report.write(own).splitlines()[4:6]
+    student, at = report.write(own).splitlines()[4:6]
     assert student.endswith("| 41.00 ± 2.00 | 40.00 ± 2.00 | 3 |  | 30.40 |  | 22.00 | 10.80 |")
     assert at.endswith("| 39.00 ± 1.75 | 38.00 ± 1.75 | 3 | −2.00 | 29.30 | −1.10 | 18.00 | 10.00 |")
 
@@ -371,7 +373,7 @@ def test_curves_are_medians_over_seeds(tmp_path: Path, monkeypatch: pytest.Monke
     own = plan(tmp_path, columns=["student", "at", "teacher"], epochs=3, seeds=3)
     for job, error in zip(own.jobs, (10.0, 13.0, 11.0, 17.0, 12.5, 14.0, 11.5), strict=True):
         finish(job, error)
-    assert paper_report.curves(paper_report.results(own)).startswith(b"\x89PNG")
+    assert report.curves(report.results(own)).startswith(b"\x89PNG")
     assert drawn == [
         ("-", [15, 14, 14]),
         ("--", [5, 5, 4]),
@@ -419,7 +421,7 @@ def test_a_mistake_is_told_in_one_line(
 ) -> None:
     assert paper.main([*words.split(), "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("benchmarks.paper: error: ")
+    assert error.startswith("reproduce: error: ")
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -429,7 +431,7 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, *words: str) -> str:
     """What is said of a command that ends in one line with exit code 2."""
     assert paper.main(["table1", "--data-dir", str(out), "--out", str(out), *words]) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    return error.removeprefix("benchmarks.paper: error: ")
+    return error.removeprefix("reproduce: error: ")
 
 
 def test_out_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -452,7 +454,7 @@ def test_a_run_of_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_two_at_once_in_one_folder_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(paper_runs, "run", lambda *args: 0)
+    monkeypatch.setattr(reproduce.jobs, "run", lambda *args: 0)
     with exclusive(tmp_path / "paper"):
         assert refused(capsys, tmp_path) == f"out {tmp_path / 'paper'}: another process is at work there"
     assert paper.main(["table1", "--data-dir", "d", "--out", str(tmp_path)]) == 0
@@ -462,9 +464,9 @@ def test_a_training_whose_parent_was_killed_still_holds_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(paper_runs, "_command", lambda config, recipe: sleep)
+    monkeypatch.setattr(reproduce.jobs, "_command", lambda config, recipe: sleep)
     with exclusive(tmp_path):
-        training = paper_runs.start(plan(tmp_path).jobs[0], tmp_path / "logs")
+        training = reproduce.jobs.start(plan(tmp_path).jobs[0], tmp_path / "logs")
     with pytest.raises(ConfigError, match="another process is at work there"), exclusive(tmp_path):
         pass
     training.kill()
@@ -503,7 +505,7 @@ def test_known_runs_must_tell_all(
     known.write_text(json.dumps({"cells": [{"recipe": "table1/x", "runs": [run | fault]}]}))
     assert paper.main(words) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert error.startswith(f"benchmarks.paper: error: known {known}: table1/x/seed3: ")
+    assert error.startswith(f"reproduce: error: known {known}: table1/x/seed3: ")
     assert message in error
     assert not (tmp_path / "out").exists()
 
@@ -517,7 +519,7 @@ def test_says_why_a_table_can_not_run(tmp_path: Path, monkeypatch: pytest.Monkey
     def refuse(keys: dict[str, Any]) -> Any:
         raise ConfigError("pretrained true is not available")
 
-    monkeypatch.setattr(paper_plan, "make_config", refuse)
+    monkeypatch.setattr(tables, "make_config", refuse)
     with pytest.raises(
         ConfigError, match=r"table4 can't run: recipes/table4/cub/student\.yaml: pretrained true"
     ):
@@ -536,10 +538,10 @@ def test_estimate_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         measured.append(job.name)
         return None if "at/" in job.name else 0.5
 
-    monkeypatch.setattr(paper_runs, "measure", measure)
-    monkeypatch.setattr(paper_runs, "_sizes", lambda *key: paper_runs.Sizes(1280, 384, 10))
+    monkeypatch.setattr(reproduce.jobs, "measure", measure)
+    monkeypatch.setattr(reproduce.jobs, "_sizes", lambda *key: reproduce.jobs.Sizes(1280, 384, 10))
     said: list[str] = []
-    assert not paper_runs.estimate(own.jobs, lambda line: said.append(f"{line} [{len(measured)}]"))
+    assert not reproduce.jobs.estimate(own.jobs, lambda line: said.append(f"{line} [{len(measured)}]"))
     assert [int(line[-2]) for line in said] == [0, 1, 2, 2, 2, 2], "each line as soon as it is known"
     assert [line[:-4] for line in said] == [
         f"{TEACHER}: finished",
@@ -550,15 +552,15 @@ def test_estimate_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "together 0 h 02 min, one at a time, without what was not measured",
     ]
     assert measured == [STUDENT, f"table1/{ROW}/at/seed0"]  # once per recipe
-    assert paper_runs.estimate(own.jobs[:2], said.append)
-    assert paper_runs.duration(3600 * 25 + 59.9 * 60) == "26 h 00 min"
+    assert reproduce.jobs.estimate(own.jobs[:2], said.append)
+    assert reproduce.jobs.duration(3600 * 25 + 59.9 * 60) == "26 h 00 min"
 
 
 def test_a_dry_run_lists_and_measures_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(paper_runs, "measure", lambda job: pytest.fail("nobody asked for it"))
-    monkeypatch.setattr(paper_runs, "_sizes", lambda *key: paper_runs.Sizes(1280, 384, 10))
+    monkeypatch.setattr(reproduce.jobs, "measure", lambda job: pytest.fail("nobody asked for it"))
+    monkeypatch.setattr(reproduce.jobs, "_sizes", lambda *key: reproduce.jobs.Sizes(1280, 384, 10))
     own = plan(tmp_path, columns=["student"])
     finish(own.jobs[0], 10.0)
     own.jobs[1].folder.mkdir(parents=True)
@@ -599,8 +601,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "recipes").mkdir()
     for name, text in recipes.items():
         (tmp_path / f"recipes/{name}.yaml").write_text(text)
-    monkeypatch.setattr(paper_plan, "RECIPES", tmp_path / "recipes")
-    monkeypatch.setitem(paper_plan.TABLES, "tiny", TINY)
+    monkeypatch.setattr(tables, "RECIPES", tmp_path / "recipes")
+    monkeypatch.setitem(tables.TABLES, "tiny", TINY)
     return tmp_path / "recipes"
 
 
@@ -656,12 +658,12 @@ def test_a_signal_stops_the_trainings_which_continue_later(
         "dataset: digits\nlimit-train: 256\nlimit-test: 50\nepochs: 40\nstudent: wrn-10-1\n"
     )
     code = (
-        "import sys\nfrom pathlib import Path\nfrom benchmarks import paper, paper_plan\n"
-        f"paper_plan.RECIPES = Path({str(tiny)!r})\npaper_plan.TABLES['tiny'] = {TINY!r}\n"
+        "import sys\nfrom pathlib import Path\nfrom reproduce import __main__ as paper, tables\n"
+        f"tables.RECIPES = Path({str(tiny)!r})\ntables.TABLES['tiny'] = {TINY!r}\n"
         "sys.exit(paper.main(sys.argv[1:]))"
     )
     words = ["tiny", "--columns", "teacher", "--data-dir", "d", "--out", str(tmp_path), "--threads", "1"]
-    process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=paper_runs.ROOT)
+    process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT)
     log = tmp_path / "paper/logs/teacher-seed0.log"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (log.exists() and "epoch 2/40" in log.read_text()):
@@ -679,10 +681,10 @@ def test_estimates_for_the_images_that_are_used(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--columns", "student", "--measure", "--set", "limit-train=512", "limit-test=384"]
-    monkeypatch.setattr(paper_runs, "measure", lambda job: 30.0)
+    monkeypatch.setattr(reproduce.jobs, "measure", lambda job: 30.0)
     assert call(tmp_path, *words) == 0  # (512 + 384 / 3) / 128 steps
     assert "1 epochs of 150 s (30000 ms a step)" in capsys.readouterr().out
-    monkeypatch.setattr(paper_runs, "measure", lambda job: None)
+    monkeypatch.setattr(reproduce.jobs, "measure", lambda job: None)
     assert call(tmp_path, *words) == 1
 
 
@@ -691,12 +693,12 @@ def test_measures_a_step_with_an_untrained_teacher(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (job,) = (job for job in Plan("tiny", "paper", tmp_path, tmp_path).jobs if job.name == "at/seed0")
-    seconds = paper_runs.measure(job)
+    seconds = reproduce.jobs.measure(job)
     assert seconds
     assert 0 < seconds < 60
     assert not job.folder.exists()
     broken = Job(
         "x/seed0", make_config(job.config.model_dump(by_alias=True) | {"freeze": ["nothing"]}), job.teacher
     )
-    assert paper_runs.measure(broken) is None
+    assert reproduce.jobs.measure(broken) is None
     assert "can't measure x/seed0: train.py: error: freeze: wrn-10-1 has no module" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from paths import ROOT
 
 import models
 import train
-from benchmarks.paper_plan import LABELS, TABLES, Plan
+from reproduce.tables import LABELS, TABLES, Plan
 from trainer.command_line import parse_args
 from trainer.config import Config, make_config
 from trainer.errors import ConfigError

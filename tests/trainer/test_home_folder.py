@@ -14,9 +14,11 @@ import models
 import train
 from at_fused.visualize import __main__ as visualize
 from at_fused.visualize.paths import UnknownHome, expand
-from benchmarks import gpu, mini, paper, predictions
+from benchmarks import gpu, predictions
 from benchmarks import run as bench
-from examples import demo
+from reproduce import __main__ as paper
+from reproduce.demo import __main__ as demo
+from reproduce.mini import __main__ as mini
 from trainer.config import Config, make_config
 
 NOBODY = "~nobody-of-this-name"

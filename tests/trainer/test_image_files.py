@@ -248,7 +248,7 @@ def test_links_that_lead_back_are_not_followed(
     paths, left_out = images.find_images(train / "cat")
     assert [Path(path).relative_to(train).as_posix() for path in paths] == found
     assert left_out == {images.LOOP: 1}
-    (tmp_path / "link").symlink_to(train / "cat")  # the folder is a link itself, as in benchmarks.mini
+    (tmp_path / "link").symlink_to(train / "cat")  # the folder is a link itself, as in reproduce.mini
     assert images.find_images(tmp_path / "link")[1] == left_out
 
 

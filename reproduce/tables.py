@@ -175,7 +175,7 @@ class Plan:
         )
 
     def known_run(self, job: Job) -> dict[str, Any] | None:
-        """What a file of `known` tells of this very run, as `paper_report` writes it."""
+        """What a file of `known` tells of this very run, as `reproduce.report` writes it."""
         wanted = make_config(told(job.config.model_dump(mode="json", by_alias=True), self.folder))
         for run in self._known_runs.get(job.name, []):
             same = not differences(run["config"], wanted)

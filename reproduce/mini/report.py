@@ -15,8 +15,8 @@ import at_fused
 import models
 from at_fused.visualize import attention_grid
 from benchmarks import report
-from benchmarks.mini_plan import Runs
-from benchmarks.paper_plan import LABELS, TABLES, Job
+from reproduce.mini.plan import Runs
+from reproduce.tables import LABELS, TABLES, Job
 from trainer import checkpoint, data
 from trainer.data import LabelledImages
 

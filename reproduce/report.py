@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.paper_plan import BASELINE, TABLES, TEACHER, Cell, Job, Plan, told
+from reproduce.tables import BASELINE, TABLES, TEACHER, Cell, Job, Plan, told
 from trainer.checkpoint import write_atomically
 
 HEADINGS = [

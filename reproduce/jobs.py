@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import models
-from benchmarks.paper_plan import Job
+from reproduce.tables import Job
 from trainer import data
 from trainer.config import Config, make_config
 from trainer.distributed import stop_signals
@@ -160,7 +160,7 @@ def measure(job: Job) -> float | None:
     """
     sizes = _sizes(job.config)
     recipe = job.name.rpartition("/")[0]
-    print(f"benchmarks.paper: measuring {MEASURED_STEPS} steps of {recipe}", file=sys.stderr, flush=True)
+    print(f"reproduce: measuring {MEASURED_STEPS} steps of {recipe}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         keys = job.config.model_dump(mode="json", by_alias=True)
@@ -177,7 +177,7 @@ def measure(job: Job) -> float | None:
             command, environment = _command(config, folder / "recipe.yaml"), _environment(config)
             code = subprocess.call(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
         if code:
-            print(f"benchmarks.paper: can't measure {job.name}: {last_line(folder / 'log')}", file=sys.stderr)
+            print(f"reproduce: can't measure {job.name}: {last_line(folder / 'log')}", file=sys.stderr)
             return None
         epochs = (folder / "run/metrics.jsonl").read_text().splitlines()
         return float(median(json.loads(line)["seconds"] for line in epochs[1:]))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from at_fused.visualize.images import class_folders
-from benchmarks.paper_plan import RECIPES, Job, with_epochs
+from reproduce.tables import RECIPES, Job, with_epochs
 from trainer.config import make_config
 from trainer.data.files import difference
 from trainer.errors import ConfigError

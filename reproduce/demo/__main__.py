@@ -20,11 +20,10 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # models, trainer and examples are not part of the installed package
+ROOT = Path(__file__).resolve().parents[2]
 
 if TYPE_CHECKING:
-    from examples.demo_report import Run
+    from reproduce.demo.report import Run
 
 MARK = ".made-by-demo"  # only a folder that holds this file is ever deleted
 PROGRESS_SECONDS = 10.0  # between lines that say how far the trainings are
@@ -56,7 +55,7 @@ def log_of(folder: Path) -> Path:
 
 def train(recipe: str, folder: Path, flags: Sequence[object]) -> Run:
     """Train a recipe in a process of its own that writes into `folder`; what it says goes to a log beside."""
-    from examples.demo_report import Run
+    from reproduce.demo.report import Run
 
     log = log_of(folder)
     path = ROOT / "recipes" / "demo" / f"{recipe}.yaml"
@@ -141,7 +140,9 @@ def _folder(text: str) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m reproduce.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output-dir", type=_folder, default=ROOT / "runs" / "demo")
     parser.add_argument("--seeds", type=int, default=4, help="students of each kind (default: 4)")
@@ -166,7 +167,7 @@ def run(arguments: argparse.Namespace, flags: Sequence[str], begun: float) -> in
         claim(arguments.output_dir)
         runs = train_all(arguments.output_dir, arguments.seeds, arguments.jobs, flags, say)
     except DemoError as error:
-        print(f"demo.py: error: {error}", file=sys.stderr)
+        print(f"reproduce.demo: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -174,7 +175,7 @@ def run(arguments: argparse.Namespace, flags: Sequence[str], begun: float) -> in
     say("drawing the curves and the maps")
     from rich.console import Console
 
-    from examples.demo_report import write_results
+    from reproduce.demo.report import write_results
 
     table = write_results(arguments.output_dir, runs, time.perf_counter() - begun)
     Console(highlight=False).print(table)

@@ -1,0 +1,1 @@
+"""The paper's tables, trained again and set beside the published figures; in miniature; and the demo."""

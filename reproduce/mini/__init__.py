@@ -1,0 +1,1 @@
+"""Tables 4 and 5 in minutes, on any folder of images."""
