@@ -23,6 +23,9 @@ INSTRUCTIONS = {
     "channels-first map, staged": {"sm_80": 23.0, "sm_90a": 23.0, "sm_100": 21.8},
     "channels-first gradient": {"sm_80": 29.5, "sm_90a": 29.5, "sm_100": 26.5},
     "channels-first gradient, staged": {"sm_80": 28.5, "sm_90a": 28.5, "sm_100": 26.5},
+    # At a tap: for each vector of the feature, one of the gradient that is added to it is loaded, too.
+    "channels-last gradient, added": {"sm_80": 46.5, "sm_90a": 46.5, "sm_100": 39.5},
+    "channels-first gradient, added": {"sm_80": 40.5, "sm_90a": 40.5, "sm_100": 36.5},
 }
 VECTOR, LANES, SCHEDULERS = 16, 32, 4  # bytes, per warp, per multiprocessor
 PER_KERNEL = 3e-6  # seconds

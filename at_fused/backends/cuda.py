@@ -15,6 +15,7 @@ from .._tracing import constant
 from ._library import load
 
 _LIBRARY = Path(__file__).parent.parent / "_cuda.so"
+_ALIGNMENT = 16  # bytes, of a vector
 
 
 def unavailable() -> str | None:
@@ -116,8 +117,10 @@ def attention_maps_backward(
     slopes = [grad_map.contiguous() for grad_map in grad_maps]
     note = _note() if _note_is_wanted and scale is not None and scale.numel() == 1 else None
     scale = None if scale is None else scale.float()
-    torch.ops.at_fused_cuda.attention_maps_backward(feats, slopes, scale, grads, p, note, False)
-    if addends:
+    aligned = all(addend.data_ptr() % _ALIGNMENT == 0 for addend in addends)
+    added = list(addends) if addends and aligned else None
+    torch.ops.at_fused_cuda.attention_maps_backward(feats, slopes, scale, grads, p, note, False, added)
+    if not aligned:
         torch._foreach_add_(grads, list(addends))
     return grads
 

@@ -50,11 +50,13 @@ struct Feature {
   __host__ __device__ int vector_width() const { return vectors ? 16 / size_of(dtype) : 1; }
 };
 
-// Where a feature's gradient goes: a matrix per sample like the feature's own.
+// Where a feature's gradient goes: a matrix per sample like the feature's own. `addend`, if there, has the same
+// strides and is added to it.
 struct Gradient {
   void* data;
   int64_t batch_stride;
   int32_t row_stride;
+  const void* addend;
 };
 
 // The part of a sample that a block works on: some of its positions (all, where folded), and channels-first some
@@ -129,6 +131,7 @@ struct Kernels {
   void (*loss_one_pass)(LossTable);
   void (*maps)(ItemTable);
   void (*backward)(ItemTable);
+  void (*backward_added)(ItemTable);  // to each item's addend
   const void* counters;
 };
 

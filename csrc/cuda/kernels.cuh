@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(threads, Power::blocks) loss_kernel(const __gr
     __threadfence();
     before = atomicInc(table.counter, table.samples - 1);  // back to 0 for the next launch
   }
-  if (one_pass) gradient_of<true>(pair.student, slice, sample, stage, power, students, table.p, pair.grad);
+  if (one_pass) gradient_of<true, false>(pair.student, slice, sample, stage, power, students, table.p, pair.grad);
   if (threadIdx.x == 0) {
     rooms.last = counts ? before + 1 == table.samples : table.samples == 0 && blockIdx.x == 0;
     __threadfence();
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(threads, Power::blocks) maps_kernel(const __gr
 }
 
 // Gradients: a (feature, sample, slice) at a time.
-template <class Power>
+template <class Power, bool added>
 __global__ void __launch_bounds__(threads, Power::blocks) backward_kernel(const __grid_constant__ ItemTable table) {
   if (table.scale_was_one && blockIdx.x == 0 && threadIdx.x == 0) *table.scale_was_one = *table.scale == 1;
   if (table.grads_at_one && *table.scale == 1) return;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(threads, Power::blocks) backward_kernel(const 
     slice.row = slice_index % item.slices * item.rows_per_slice;
     slice.end_row = slice.row + item.rows_per_slice;
     if (item.feat.channels_last) slice = {slice.row, slice.end_of(item.feat) - slice.row};
-    gradient_of<false>(item.feat, slice, sample, nullptr, Power(table.p),
+    gradient_of<false, added>(item.feat, slice, sample, nullptr, Power(table.p),
                        item.map + sample * item.feat.positions + slice.position, scale * table.p, item.grad);
     block += gridDim.x;
   } while (block < table.blocks);
@@ -177,7 +177,8 @@ __global__ void __launch_bounds__(threads, Power::blocks) backward_kernel(const 
 
 template <class Power>
 constexpr Kernels kernels_of() {
-  return {loss_kernel<Power, false>, loss_kernel<Power, true>, maps_kernel<Power>, backward_kernel<Power>, counters};
+  return {loss_kernel<Power, false>,     loss_kernel<Power, true>,     maps_kernel<Power>,
+          backward_kernel<Power, false>, backward_kernel<Power, true>, counters};
 }
 
 }  // namespace at_fused::cuda

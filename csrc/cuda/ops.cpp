@@ -104,8 +104,16 @@ void attention_maps(Tensors feats, Tensors maps, double p) {
   });
 }
 
+// The data of what is added to a gradient, which has its type, shape and strides.
+const void* addend_of(const Tensor& addend, const Tensor& grad) {
+  STD_TORCH_CHECK(addend.scalar_type() == grad.scalar_type() && addend.is_cuda() && addend.sizes() == grad.sizes() &&
+                      addend.strides() == grad.strides(),
+                  "at_fused: an addend must have its gradient's type, shape and strides");
+  return addend.data_ptr();
+}
+
 void run_backward(const OnDevice& on, const Tensors& feats, const Tensors& slopes, const Tensor* scale,
-                  const Tensors& grads, double p, int32_t* scale_was_one, bool grads_at_one) {
+                  const Tensors& grads, const Tensors& addends, double p, int32_t* scale_was_one, bool grads_at_one) {
   STD_TORCH_CHECK(!scale || (scale->scalar_type() == ScalarType::Float && scale->is_cuda() && scale->dim() <= 1 &&
                              (scale->numel() == 1 || scale->numel() == static_cast<int64_t>(feats.size()))),
                   "at_fused: the scale must be fp32, one or one per feature");
@@ -116,16 +124,20 @@ void run_backward(const OnDevice& on, const Tensors& feats, const Tensors& slope
     }
     table.scale_was_one = first == 0 ? scale_was_one : nullptr;
     table.grads_at_one = grads_at_one;
-    check(launch(kernels(p).backward, plan_backward(table, on.device), table, on.stream));
+    for (int i = 0; i < table.items && !addends.empty(); ++i) {
+      table.item[i].grad.addend = addend_of(addends.at(first + i), grads[first + i]);
+    }
+    const auto kernel = addends.empty() ? kernels(p).backward : kernels(p).backward_added;
+    check(launch(kernel, plan_backward(table, on.device), table, on.stream));
   });
 }
 
 // `note`, if there, is one int32 of pinned host memory that receives whether `scale` was 1. With `grads_at_one` the
-// gradients at a scale of 1 are in `grads` already.
+// gradients at a scale of 1 are in `grads` already. `addends`, if given, are added to the gradients.
 void attention_maps_backward(Tensors feats, Tensors slopes, std::optional<Tensor> scale, Tensors grads, double p,
-                             std::optional<Tensor> note, bool grads_at_one) {
+                             std::optional<Tensor> note, bool grads_at_one, std::optional<Tensors> addends) {
   const OnDevice on(feats.at(0), p);
-  run_backward(on, feats, slopes, scale ? &*scale : nullptr, grads, p,
+  run_backward(on, feats, slopes, scale ? &*scale : nullptr, grads, addends ? *addends : Tensors{}, p,
                note ? static_cast<int32_t*>(note->data_ptr()) : nullptr, grads_at_one);
 }
 
@@ -215,7 +227,7 @@ void attention_loss(Tensors students, Tensors teachers, std::vector<double> weig
   }
   if (!grads.empty() && !one_pass) {
     const Tensors student_slopes_only(slopes.begin(), slopes.begin() + static_cast<int64_t>(pairs));
-    run_backward(on, students, student_slopes_only, nullptr, grads, p, nullptr, false);
+    run_backward(on, students, student_slopes_only, nullptr, grads, {}, p, nullptr, false);
   }
 }
 
@@ -244,7 +256,7 @@ STABLE_TORCH_LIBRARY(at_fused_cuda, library) {
   library.def("attention_maps(Tensor[] feats, Tensor(a!)[] maps, float p) -> ()");
   library.def(
       "attention_maps_backward(Tensor[] feats, Tensor[] slopes, Tensor? scale, Tensor(a!)[] grads, float p, "
-      "Tensor(b!)? note, bool grads_at_one) -> ()");
+      "Tensor(b!)? note, bool grads_at_one, Tensor[]? addends=None) -> ()");
   library.def(
       "attention_loss(Tensor[] students, Tensor[] teachers, float[] weights, Tensor(a!) loss, Tensor(b!)[] slopes, "
       "Tensor(c!)[] grads, Tensor(d!) workspace, float p, float eps, bool student_slopes, bool teacher_slopes) -> ()");

@@ -159,10 +159,11 @@ __device__ T* begin_of(T* sample, const Slice& slice, unsigned row_bytes) {
   return channels_last ? advance(sample, slice.position, row_bytes) : sample + slice.position;
 }
 
-// Writes factor * slope * |x|^(p-1) sign(x) to `grad`; x is read from `sample`, or where `staged` from `stage`.
-template <bool channels_last, bool staged, class V, class T, class Power>
+// Writes factor * slope * |x|^(p-1) sign(x), where `added` plus `addend`, to `grad`; x is read from `sample`, or
+// where `staged` from `stage`.
+template <bool channels_last, bool staged, bool added, class V, class T, class Power>
 __device__ void gradient_of_rows(const Feature& feat, const Slice& slice, const T* sample, const V* stage, Power power,
-                                 const float* slope, float factor, T* grad, int grad_row_stride) {
+                                 const float* slope, float factor, T* grad, const T* addend, int grad_row_stride) {
   constexpr int N = V::width, unroll = Power::unroll == 1 ? 1 : 2;
   const Tiling tiling = feat.tiling;
   const int group = threadIdx.x / tiling.width, lane = threadIdx.x % tiling.width;
@@ -171,6 +172,7 @@ __device__ void gradient_of_rows(const Feature& feat, const Slice& slice, const 
   const unsigned row_bytes = feat.row_stride * sizeof(T), grad_row_bytes = grad_row_stride * sizeof(T);
   const T* const first = begin_of<channels_last>(sample, slice, row_bytes);
   T* const grad_first = begin_of<channels_last>(grad, slice, grad_row_bytes);
+  const T* const addend_first = added ? begin_of<channels_last>(addend, slice, grad_row_bytes) : nullptr;
   if (group >= tiling.groups) return;
 #pragma unroll 1
   for (int pass = 0; pass < tiling.passes; ++pass) {
@@ -178,6 +180,7 @@ __device__ void gradient_of_rows(const Feature& feat, const Slice& slice, const 
     if (column >= columns) return;
     const T* x = first + element;
     T* out = grad_first + element;
+    const T* more = added ? addend_first + element : nullptr;
     const V* kept = stage + pass * tiling.steps * lanes + threadIdx.x;
     const int end = channels_last ? slice.positions : end_of_rows(feat, slice, element);
     float factors[N];  // channels-first, a column's positions have one each
@@ -208,6 +211,12 @@ __device__ void gradient_of_rows(const Feature& feat, const Slice& slice, const 
           v[u].get(y);
 #pragma unroll
           for (int j = 0; j < N; ++j) y[j] = (channels_last ? row_factor[u] : factors[j]) * power.slope(y[j]);
+          if (added) {
+            float z[N];
+            load<V>(advance(more, r, grad_row_bytes)).get(z);
+#pragma unroll
+            for (int j = 0; j < N; ++j) y[j] += z[j];
+          }
           v[u].set(y);
           store(advance(out, r, grad_row_bytes), v[u]);
         }
@@ -235,7 +244,7 @@ __device__ void map_of(const Feature& feat, const Slice& slice, int64_t sample, 
 }
 
 // Gradient of a slice, read from the feature or, where `staged`, from `stage`. `slope` is the slice's.
-template <bool staged, class Power>
+template <bool staged, bool added, class Power>
 __device__ void gradient_of(const Feature& feat, const Slice& slice, int64_t sample, const void* stage, Power power,
                             const float* slope, float factor, const Gradient& grad) {
   with_vector(feat, [&](auto vector) {
@@ -244,10 +253,11 @@ __device__ void gradient_of(const Feature& feat, const Slice& slice, int64_t sam
     const T* x = static_cast<const T*>(feat.data) + sample * feat.batch_stride;
     const V* vectors = static_cast<const V*>(stage);
     T* out = static_cast<T*>(grad.data) + sample * grad.batch_stride;
+    const T* more = added ? static_cast<const T*>(grad.addend) + sample * grad.batch_stride : nullptr;
     if (feat.channels_last) {
-      gradient_of_rows<true, staged>(feat, slice, x, vectors, power, slope, factor, out, grad.row_stride);
+      gradient_of_rows<true, staged, added>(feat, slice, x, vectors, power, slope, factor, out, more, grad.row_stride);
     } else {
-      gradient_of_rows<false, staged>(feat, slice, x, vectors, power, slope, factor, out, grad.row_stride);
+      gradient_of_rows<false, staged, added>(feat, slice, x, vectors, power, slope, factor, out, more, grad.row_stride);
     }
   });
 }

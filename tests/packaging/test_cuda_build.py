@@ -86,7 +86,7 @@ def test_two_blocks_share_a_multiprocessor(power2: tuple[str, Path, str]) -> Non
     """No spills within the 72 registers that two blocks of 416 threads may have."""
     log, _, _ = power2
     assert wasteful(log) == []
-    assert len(registers(log)) == 4
+    assert len(registers(log)) == 5
     assert max(registers(log).values()) <= 72
 
 
@@ -97,7 +97,7 @@ def test_no_spills_on_other_architectures(architecture: str, tmp_path: Path) -> 
     cubin = str(tmp_path / "power2.cubin")
     log = nvcc(SOURCES / "power2.cu", f"-arch={architecture}", "-Xptxas=-v", "-cubin", "-o", cubin)
     assert wasteful(log) == []
-    assert len(registers(log)) == 4
+    assert len(registers(log)) == 5
 
 
 @needs_nvcc
@@ -111,8 +111,9 @@ def test_instructions_are_within_their_budget(power2: tuple[str, Path, str]) -> 
     ).stdout
     counted: dict[str, float] = {}
     for name, kernel in sass.kernels(listing).items():
+        added = ", added" if "backward_kernel" in name and "ELb1E" in name else ""
         for walk, cost in sass.budget(kernel).items():
-            counted[walk] = max(cost, counted.get(walk, 0))
+            counted[walk + added] = max(cost, counted.get(walk + added, 0))
         if "loss_kernel" in name:
             assert 10 < sass.fp64(kernel) < 30, name
     assert set(counted) == {f"{dtype} {walk}" for dtype in ("bf16", "fp16", "fp32") for walk in INSTRUCTIONS}
