@@ -314,7 +314,7 @@ def test_stages_of_resnet_18(layout) -> None:
 def test_the_suite() -> None:
     """Every test of the loss, the maps and what they are used with, in a random order of the threads."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "cuda_on_cpu.backend", "-p", "no:cacheprovider"]
-    names = ["attention_loss", "attention_map", "compositions"]
+    names = ["attention_loss", "attention_map", "gradient_addend", "compositions"]
     files = [f"tests/library/test_{name}.py" for name in names]
     command += ["-k", "cuda and not max and not resident_memory", *files]
     folders = [str(ROOT / "tests"), str(ROOT / "tests/helpers"), os.environ.get("PYTHONPATH")]
