@@ -76,9 +76,9 @@ lint: $(READY) $(TOOLS) ## ruff and mypy
 	@echo "[lint] mypy" && $(BIN)/mypy --no-error-summary $(CODE)
 
 bench: setup ## time the loss and the training step against eager and torch.compile
-	@$(BIN)/python -m benchmarks.run --device cpu --suite loss --out runs/bench
-	@$(BIN)/python -m benchmarks.run --device cpu --suite memory --out runs/bench
-	@$(BIN)/python -m benchmarks.run --device cpu --suite step --out runs/bench
+	@$(BIN)/python -m benchmarks --device cpu --suite loss --out runs/bench
+	@$(BIN)/python -m benchmarks --device cpu --suite memory --out runs/bench
+	@$(BIN)/python -m benchmarks --device cpu --suite step --out runs/bench
 
 # Installs nothing: the Python given must have what is needed, e.g. make gpu RESULTS=runs/gpu PYTHON=.venv/bin/python
 RESULTS ?= runs/gpu

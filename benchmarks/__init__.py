@@ -1,1 +1,1 @@
-"""Measurements of at_fused: `python -m benchmarks.run --help`."""
+"""Measurements of at_fused: `python -m benchmarks --help`."""

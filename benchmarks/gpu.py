@@ -24,10 +24,11 @@ import torch
 
 from at_fused._terminal import lenient_output
 from at_fused.visualize.paths import user_path
-from benchmarks import loss_tables, predictions, report
+from benchmarks import predictions, report
+from benchmarks.__main__ import draw_loss, write_loss
+from benchmarks.loss import tables as loss_tables
 from benchmarks.pieces import ROOT, Piece, Record, run_missing
 from benchmarks.report import Row, Table
-from benchmarks.run import draw_loss, write_loss
 
 FIRST_S = 60.0  # for a first measurement: whatever happens, the next piece starts in time
 FEW = ("--workloads", "imagenet", "cifar")

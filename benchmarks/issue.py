@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.loss.workloads import Cell, select_cells
 from benchmarks.report import Table
-from benchmarks.workloads import Cell, select_cells
 
 # Machine instructions per 16-byte vector, p = 2, bf16, by nvcc 13; tests/packaging/test_cuda_build.py counts.
 INSTRUCTIONS = {

@@ -20,10 +20,10 @@ from typing import Any
 from at_fused._terminal import lenient_output
 from at_fused.visualize.paths import user_path
 from benchmarks import issue, report
-from benchmarks.loss_tables import extra_percent, host_overhead_us
-from benchmarks.providers import LAUNCHES
+from benchmarks.loss.providers import LAUNCHES
+from benchmarks.loss.tables import extra_percent, host_overhead_us
+from benchmarks.loss.workloads import WORKLOADS, Cell, select_cells
 from benchmarks.report import Row, Table
-from benchmarks.workloads import WORKLOADS, Cell, select_cells
 
 NOT_MEASURED = "not measured"
 CIFAR = ("cifar",)

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from at_fused._terminal import lenient_output
 from benchmarks import report
+from benchmarks.loss.workloads import select_cells
 from benchmarks.report import Table
-from benchmarks.workloads import select_cells
 
 IMAGES = 1_281_167  # ImageNet's training images
 EPOCHS = 90

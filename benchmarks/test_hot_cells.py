@@ -4,10 +4,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import timing
-from benchmarks.providers import Provider, providers
-from benchmarks.subjects import Subject
-from benchmarks.workloads import Cell, select_cells
+from benchmarks.loss.providers import Provider, providers
+from benchmarks.loss.subjects import Subject
+from benchmarks.loss.workloads import Cell, select_cells
+from benchmarks.measure import timing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OURS = [provider for provider in providers(DEVICE).values() if provider.backend]

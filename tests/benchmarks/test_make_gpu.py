@@ -18,7 +18,8 @@ from typing import IO, Any
 import pytest
 import torch
 
-from benchmarks import gpu, report, run
+from benchmarks import __main__ as run
+from benchmarks import gpu, report
 from benchmarks.pieces import ROOT, SAVE_EVERY_S, Piece, Record, run_missing
 from benchmarks.report import Row
 

@@ -14,20 +14,15 @@ from torch import Tensor
 import at_fused
 import models
 from at_fused import backends
-from benchmarks import (
-    counters,
-    issue,
-    loss_tables,
-    predictions,
-    providers,
-    report,
-    run,
-    step_probe,
-    step_suite,
-    timing,
-)
-from benchmarks.subjects import Subject, check_agreement, subjects, tolerance
-from benchmarks.workloads import WORKLOADS, Cell, select_cells, sweep_cells
+from benchmarks import __main__ as run
+from benchmarks import issue, predictions, report
+from benchmarks.loss import providers
+from benchmarks.loss import tables as loss_tables
+from benchmarks.loss.subjects import Subject, check_agreement, subjects, tolerance
+from benchmarks.loss.workloads import WORKLOADS, Cell, select_cells, sweep_cells
+from benchmarks.measure import counters, timing
+from benchmarks.suites import step as step_suite
+from benchmarks.suites import step_probe
 
 CPU = torch.device("cpu")
 PROVIDERS = providers.providers(CPU)

@@ -12,8 +12,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import counters, loss_suite, loss_tables, providers, run, timing
-from benchmarks.workloads import Cell, select_cells
+from benchmarks import __main__ as run
+from benchmarks.loss import providers
+from benchmarks.loss import tables as loss_tables
+from benchmarks.loss.workloads import Cell, select_cells
+from benchmarks.measure import counters, timing
+from benchmarks.suites import loss as loss_suite
 
 CPU = torch.device("cpu")
 

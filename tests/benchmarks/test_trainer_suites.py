@@ -22,18 +22,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import at_fused
 import models
-from benchmarks import (
-    bare_loop,
-    footprint_suite,
-    report,
-    run,
-    scale,
-    timing,
-    trainer_probe,
-    trainer_suite,
-)
+from benchmarks import __main__ as run
+from benchmarks import report, scale
+from benchmarks.measure import timing
 from benchmarks.scale import Step
-from benchmarks.trainer_suite import Case
+from benchmarks.suites import bare_loop, trainer_probe
+from benchmarks.suites import footprint as footprint_suite
+from benchmarks.suites import trainer as trainer_suite
+from benchmarks.suites.trainer import Case
 from models.wide_resnet import WideResNet
 
 TOY = Case("toy", "digits", "wrn-10-1", batch=16, images=48)

@@ -14,8 +14,8 @@ import models
 import train
 from at_fused.visualize import __main__ as visualize
 from at_fused.visualize.paths import UnknownHome, expand
+from benchmarks import __main__ as bench
 from benchmarks import gpu, predictions
-from benchmarks import run as bench
 from reproduce import __main__ as paper
 from reproduce.demo import __main__ as demo
 from reproduce.mini import __main__ as mini

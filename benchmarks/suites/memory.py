@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks import counters
-from benchmarks.loss_tables import extra_percent
-from benchmarks.providers import Provider
+from benchmarks.loss.providers import Provider
+from benchmarks.loss.subjects import subjects
+from benchmarks.loss.tables import extra_percent
+from benchmarks.loss.workloads import Cell
+from benchmarks.measure import counters
 from benchmarks.report import Row, Table
-from benchmarks.subjects import subjects
-from benchmarks.workloads import Cell
 
 
 def measure_cell(cell: Cell, providers: Sequence[Provider], device: torch.device) -> list[Row]:

@@ -1,6 +1,6 @@
 """One process of suite "step": whole training steps in bf16, channels_last, which take turns.
 
-python -m benchmarks.step_probe DEVICE BATCH ROUNDS    # prints what it measured as one line of JSON
+python -m benchmarks.suites.step_probe DEVICE BATCH ROUNDS    # prints what it measured as one line of JSON
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 import at_fused
 import models
-from benchmarks import counters, timing
-from benchmarks.providers import authors
+from benchmarks.loss.providers import authors
+from benchmarks.measure import counters, timing
 from models import TappedModel
 
 BETA = 1000.0
@@ -156,13 +156,13 @@ def in_a_process(batch: int, device: torch.device, rounds: int) -> list[dict[str
     command = [
         sys.executable,
         "-m",
-        "benchmarks.step_probe",
+        "benchmarks.suites.step_probe",
         device.type,
         str(batch),
         str(rounds),
         str(torch.get_num_threads()),
     ]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     child = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if child.returncode:
         raise RuntimeError(f"step: {(child.stderr.splitlines() or ['no output'])[-1]}")

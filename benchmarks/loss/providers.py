@@ -12,8 +12,8 @@ from torch import Tensor
 
 import at_fused
 from at_fused import backends
-from benchmarks import timing
-from benchmarks.workloads import Cell
+from benchmarks.loss.workloads import Cell
+from benchmarks.measure import timing
 
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import step_probe
 from benchmarks.report import Row, Table
+from benchmarks.suites import step_probe
 
 # Between two processes the same step differs by ±6 %: where its memory happens to lie.
 PROCESSES = 4

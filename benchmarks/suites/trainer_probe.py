@@ -46,7 +46,7 @@ def _child(what: str, flags: Sequence[str], environment: Mapping[str, str] | Non
         RuntimeError: it failed; its last line says why.
     """
     command = [sys.executable, "-m", __name__, what, *flags]
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     variables = os.environ | (environment or {})
     child = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, check=False)
     lines = child.stdout.splitlines()
@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
 def _use_eager_form(run: Any) -> None:
     import torch
 
-    from benchmarks.providers import authors
+    from benchmarks.loss.providers import authors
 
     run.objective.feature_terms = lambda students, teachers, beta: torch.stack(
         [beta * authors([student], [teacher]) for student, teacher in zip(students, teachers, strict=True)]

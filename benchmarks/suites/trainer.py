@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import models
 from at_fused.visualize.images import class_folders
-from benchmarks import bare_loop, timing
+from benchmarks.measure import timing
 from benchmarks.report import Row, Table
+from benchmarks.suites import bare_loop
 from models import TappedModel
 from trainer import distributed, engine
 from trainer.config import Config, make_config

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import timing
-from benchmarks.providers import Loss, Provider, authors
-from benchmarks.workloads import DTYPES, Cell
+from benchmarks.loss.providers import Loss, Provider, authors
+from benchmarks.loss.workloads import DTYPES, Cell
+from benchmarks.measure import timing
 
 
 class Subject:

@@ -11,7 +11,7 @@ import torch
 
 import models
 from benchmarks.report import Row, Table
-from benchmarks.trainer_probe import PHASES, peak_bytes, start_up
+from benchmarks.suites.trainer_probe import PHASES, peak_bytes, start_up
 
 BATCHES = (128, 256, 512)
 STUDENT, TEACHER = "wrn-16-1", "wrn-16-2"

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks import counters, timing
-from benchmarks.providers import Provider
+from benchmarks.loss.providers import Provider
+from benchmarks.loss.subjects import Subject, subjects
+from benchmarks.loss.workloads import Cell
+from benchmarks.measure import counters, timing
 from benchmarks.report import Row
-from benchmarks.subjects import Subject, subjects
-from benchmarks.workloads import Cell
 
 # The least that the copy moves, read and written: beyond private caches, beyond a GPU's L2.
 COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}

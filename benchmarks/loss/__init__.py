@@ -1,0 +1,1 @@
+"""The loss that is measured: workloads, who computes it, its tables."""

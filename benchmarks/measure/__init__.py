@@ -1,0 +1,1 @@
+"""How time, bytes, launches and memory are measured."""
