@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ class Pass:
         self.records: dict[str, Record] = {}
         self.running = False  # between the beginning and the end of the model's own call
         self.trains = False  # the model's output required a gradient
+        self.paused = False  # what runs now is no pass
 
 
 class ModelTaps:
@@ -91,6 +92,15 @@ class ModelTaps:
             handle.remove()
         self._handles.clear()
         self.clear()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it the hooks do nothing."""
+        before, self.pass_.paused = self.pass_.paused, True
+        try:
+            yield
+        finally:
+            self.pass_.paused = before
 
     def missing(self) -> str | None:
         """Why the latest pass has not recorded every feature, in a sentence; None if it has."""
@@ -213,7 +223,7 @@ class _Begin(_Hook):
         self.tapped = tapped
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if module is not self.module() or _recomputing():
+        if module is not self.module() or self.pass_.paused or _recomputing():
             return
         self.pass_.records.clear()
         self.pass_.running, self.pass_.trains = True, False
@@ -227,7 +237,7 @@ class _End(_Hook):
     """After the model's own call."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is self.module() and not _recomputing():
+        if module is self.module() and not (self.pass_.paused or _recomputing()):
             self.pass_.running = False
             self.pass_.trains = _requires_grad(output)
 
@@ -258,14 +268,14 @@ class _Tap(_Hook):
 
 class _OutputTap(_Tap):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if module is not self.module():  # a replica of DataParallel, say
+        if module is not self.module() or self.pass_.paused:  # the former: a replica of DataParallel, say
             return None
         return self.tap(output, args)
 
 
 class _InputTap(_Tap):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if module is not self.module():
+        if module is not self.module() or self.pass_.paused:
             return None
         path = self.selector.path
         if path and isinstance(path[0], str):

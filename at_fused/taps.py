@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -94,6 +95,15 @@ class FeatureTaps:
     def clear(self) -> None:
         """Forgets the recorded features, so that they do not outlive the step."""
         self._taps.clear()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context passes are not recorded, and cost nothing: an evaluation between two steps.
+
+        What was recorded before is kept. The backward pass of a checkpointed pass belongs within it, too.
+        """
+        with self._taps.paused():
+            yield
 
     def close(self) -> None:
         """Removes the hooks and forgets the features."""

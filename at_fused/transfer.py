@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -246,6 +247,16 @@ class AttentionTransfer:
         return self.beta * reference.loss_from_maps(
             students, teachers, self.weights, reduce=False, **self.distance
         )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context passes of both models are not recorded, and cost no maps: for an
+        evaluation between two steps, say.
+
+        What was recorded before is kept. The backward pass of a checkpointed pass belongs within it, too.
+        """
+        with self._student.paused(), self._teacher.paused():
+            yield
 
     def close(self) -> None:
         """Removes the hooks from both models and forgets what they recorded."""

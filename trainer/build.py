@@ -14,7 +14,8 @@ from trainer.config import Config, flag_text
 from trainer.data import LabelledImages
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError, checkpoint_of
-from trainer.objectives import Tapped, add_hints, tap_names
+from trainer.methods import METHODS
+from trainer.student import Student
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -22,44 +23,40 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 class Networks(NamedTuple):
     """Both on the run's device; the teacher, where the method has one, frozen and in eval mode."""
 
-    student: Tapped
-    teacher: Tapped | None
+    student: nn.Module
+    teacher: nn.Module | None
 
 
 def networks(config: Config, dataset: LabelledImages, ranks: Ranks) -> Networks:
-    """The networks that `config` names, for the images of `dataset`, tapped where its method compares them.
+    """The networks that `config` names, for the images of `dataset`.
 
     Raises:
-        ConfigError: there is no such model, weights do not fit, names are of no module, or the student can't
-            be trained on such images.
+        ConfigError: there is no such model, weights do not fit, or a network can't take such images, or the
+            student can't be trained on them.
     """
     device, classes, example = ranks.device, dataset.classes, dataset.example()
-    student = _student(config, classes, device)
-    names: tuple[list[str], list[str]] = ([], [])
-    frozen: Tapped | None = None
-    if config.needs_teacher:
+    student: nn.Module = _student(config, classes, device).to(device)
+    teacher: nn.Module | None = None
+    if METHODS[config.method].needs_teacher:
         teacher = _create("teacher", str(config.teacher), classes, config)
         with checkpoint_of("teacher-checkpoint"):
             checkpoint.load_weights(teacher, Path(str(config.teacher_checkpoint)), str(config.teacher))
-        if config.uses_features:
-            names = tap_names(config, student, teacher)
-        frozen = _tapped("teacher", teacher.to(device).eval().requires_grad_(False), names[1], config)
-    tapped = _tapped("student", student.to(device), names[0], config)
-    if _try(student, config, example) and fewest_images(config, len(dataset.train), ranks.world) == 1:
+        teacher = teacher.to(device).eval().requires_grad_(False)
+        _try("teacher", teacher, config, example)
+    lone = _try("student", student, config, example) and not config.freeze_bn
+    if lone and fewest_images(config, len(dataset.train), ranks.world) == 1:
         raise ConfigError(
             f"student {config.student} normalises single values of these images, and can't train on one "
             f"image alone, as a part of a batch is ({len(dataset.train)} images by {config.batch_size}, "
             f"{ranks.world} ranks, accumulate {config.accumulate}): choose another batch-size"
         )
-    if config.uses_hints and frozen is not None:
-        add_hints(tapped, frozen, example)
-    return Networks(tapped, frozen)
+    return Networks(student, teacher)
 
 
-def optimizer(config: Config, tapped: Tapped) -> torch.optim.Optimizer:
-    """SGD on what trains of the student and of its regressors."""
+def optimizer(config: Config, student: Student) -> torch.optim.Optimizer:
+    """SGD on what trains of the student and beside it."""
     return torch.optim.SGD(
-        [parameter for parameter in tapped.parameters() if parameter.requires_grad],
+        [parameter for parameter in student.parameters() if parameter.requires_grad],
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
@@ -68,15 +65,15 @@ def optimizer(config: Config, tapped: Tapped) -> torch.optim.Optimizer:
     )
 
 
-def compile_networks(config: Config, forward: nn.Module, student: Tapped, teacher: Tapped | None) -> None:
+def compile_networks(config: Config, forward: nn.Module, student: Student, teacher: nn.Module | None) -> None:
     """Let torch.compile make kernels of them; `forward` is the student, as DDP wraps it."""
     # Static shapes: a kernel for each size of a batch is faster than one for all. Parts of batches, last
     # batches and tests make many sizes: beyond 8, its default, the compiler would give up.
     torch._dynamo.config.recompile_limit = 64
     options = {"triton.cudagraphs": config.cuda_graphs}
     forward.compile(dynamic=False, options=options)
-    if student.hints is not None:
-        student.hints.compile(dynamic=False, options=options)
+    for module in student.beside.values():
+        module.compile(dynamic=False, options=options)
     if teacher is not None:  # freezing: its weights become constants
         teacher.compile(dynamic=False, options=options | {"freezing": True})
 
@@ -122,15 +119,6 @@ def _create(key: str, name: str, classes: int, config: Config) -> models.TappedM
     return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
 
 
-def _tapped(key: str, model: nn.Module, names: list[str], config: Config) -> Tapped:
-    try:
-        return Tapped(model, names)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"taps {flag_text(config.taps)}, of {key} {getattr(config, key)}: {error}"
-        ) from None
-
-
 def fewest_images(config: Config, size: int, world: int) -> int:
     """The least number of images that BatchNorm sees together in an epoch of `size` images."""
     whole = config.max_steps is None or config.max_steps >= -(-size // config.batch_size)
@@ -140,27 +128,27 @@ def fewest_images(config: Config, size: int, world: int) -> int:
     return min(map(len, parts)) * (world if config.sync_bn else 1)
 
 
-def _try(student: nn.Module, config: Config, example: Tensor) -> bool:
-    """Run the student on an image; whether some BatchNorm can't take a lone one in training."""
+def _try(key: str, model: nn.Module, config: Config, example: Tensor) -> bool:
+    """Run a network on an image; whether some BatchNorm can't take a lone one in training."""
     lone: list[bool] = []  # of each BatchNorm: whether it sees one value per channel
     hooks = [
         norm.register_forward_pre_hook(lambda _, args: lone.extend(x.numel() == x.shape[1] for x in args))
-        for norm in _batch_norms(student)
+        for norm in _batch_norms(model)
     ]
     try:
         with torch.no_grad():
-            student.eval()(example)
+            model.eval()(example)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"student {config.student} can't take the images of {config.dataset}: {reason}"
+            f"{key} {getattr(config, key)} can't take the images of {config.dataset}: {reason}"
         ) from None
     finally:
         for hook in hooks:
             hook.remove()
-    return any(lone) and not config.freeze_bn
+    return any(lone)
 
 
 def _batch_norms(model: nn.Module) -> list[nn.Module]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic_core import CoreSchema, core_schema
@@ -31,3 +32,23 @@ class OneOf(Told):
             *others, last = map(repr, names)
             raise ValueError(f"input should be {', '.join(others)} or {last}")
         return value
+
+
+def by_value(values: Mapping[str, str]) -> str:
+    """The values by name in words, the commonest last: "1000 for at and at+kd, 10 for hints, else 1"."""
+    commonest = Counter(values.values()).most_common(1)[0][0]
+    words = []
+    for value in dict.fromkeys(values.values()):
+        *others, last = [name for name in values if values[name] == value]
+        names = f"{', '.join(others)} and {last}" if others else last
+        words += [f"{value} for {names}"] if value != commonest else []
+    return ", ".join([*words, f"else {commonest}"])
+
+
+def flag_text(value: Any) -> str:
+    """A key's value as one types it."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,15 +25,16 @@ from pydantic import (
 import at_fused
 from at_fused import reference
 from at_fused.visualize.paths import expand, user_path
-from trainer.choices import OneOf, Told
+from trainer.choices import OneOf, Told, by_value, flag_text
 from trainer.data import DATASETS
 from trainer.errors import ConfigError, did_you_mean
 from trainer.hardware import computes
+from trainer.methods import METHODS, Method
 
-# Of beta where it is unset and not the authors' 1000 of AT. The paper gives none: these are ours. Early in a
-# training on CIFAR-10, 10 gives hints a gradient about as large as AT's, 5 to 20 times that of cross-entropy;
-# 1 gives the gradient-based terms some percent of it, growing as the loss falls.
-DEFAULT_BETA = {"hints": 10.0, "grad-at": 1.0, "symmetry": 1.0, "min-l2": 1.0}
+
+def _by_method(text: Callable[[type[Method]], str]) -> str:
+    """What `text` says of each method that has a transfer term."""
+    return by_value({name: text(method) for name, method in METHODS.items() if method.has_term})
 
 
 def _without_folder() -> str:
@@ -84,7 +86,7 @@ class Config(BaseModel):
     teacher_checkpoint: Path | None = None
     """the teacher's weights: model.pt or checkpoint.pt of its run"""
 
-    method: Literal["none", "at", "kd", "at+kd", "hints", "grad-at", "symmetry", "min-l2"] = "none"
+    method: Annotated[str, OneOf(lambda: METHODS)] = "none"
     """how the student learns from the teacher"""
     taps: str | list[str] = "groups"
     """features compared by AT and hints: groups, blocks, convs (NIN), or names of modules in both models"""
@@ -98,10 +100,15 @@ class Config(BaseModel):
     """distance of normalised maps: the authors' mean of squares, or Eq. 2 as printed"""
     norm_order: float = Field(2.0, ge=1)
     """order of the norm where distance is norm"""
-    beta: float = Field(1000.0, ge=0, allow_inf_nan=False)
-    """weight of the transfer term; default 1000 for at and at+kd, 10 for hints, else 1"""
-    beta_schedule: Literal["constant", "linear", "cosine", "step"] | None = None
-    """decay of beta; unset: linear to 0 for at+kd and hints, constant otherwise"""
+    beta: Annotated[float, Told(lambda: f"; default {_by_method(lambda m: f'{m.default_beta:g}')}")] = Field(
+        Method.default_beta, ge=0, allow_inf_nan=False
+    )
+    """weight of the transfer term"""
+    beta_schedule: Annotated[
+        Literal["constant", "linear", "cosine", "step"] | None,
+        Told(lambda: f"; unset: {_by_method(lambda method: method.default_schedule)}"),
+    ] = None
+    """decay of beta, to 0 for linear and cosine"""
     beta_milestones: list[NonNegativeInt] = []
     """epochs at which beta-schedule step multiplies beta by beta-gamma"""
     beta_gamma: float = Field(0.1, ge=0, allow_inf_nan=False)
@@ -188,7 +195,7 @@ class Config(BaseModel):
     @classmethod
     def _default_beta(cls, values: dict[str, Any]) -> dict[str, Any]:
         if values.get("beta") in (None, "null"):
-            return values | {"beta": DEFAULT_BETA.get(str(values.get("method")), 1000.0)}
+            return values | {"beta": METHODS.get(str(values.get("method")), Method).default_beta}
         return values
 
     @field_validator("lr_milestones", "beta_milestones", "freeze", mode="before")
@@ -219,10 +226,11 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Config:
-        if self.needs_teacher and self.teacher is None:
+        method = METHODS[self.method]
+        if method.needs_teacher and self.teacher is None:
             raise ValueError(f"method {self.method} needs teacher")
         if not (info.context and info.context["to_print"]):
-            if self.needs_teacher and self.teacher_checkpoint is None:
+            if method.needs_teacher and self.teacher_checkpoint is None:
                 raise ValueError(f"method {self.method} needs teacher-checkpoint")
             if DATASETS[self.dataset].needs_folder and self.data_dir is None:
                 raise ValueError(f"dataset {self.dataset} needs data-dir")
@@ -244,55 +252,22 @@ class Config(BaseModel):
             names = ", ".join(("auto", *at_fused.available_backends()))
             raise ValueError(f"backend {self.backend} is not available here (there are: {names})")
         if self.beta_schedule is None:
-            decays = self.method in ("at+kd", "hints")  # as in sections 4.1.1 and 4.1.2
-            object.__setattr__(self, "beta_schedule", "linear" if decays else "constant")
-        if self.beta_schedule == "step" and self.uses_beta and not self.beta_milestones:
+            object.__setattr__(self, "beta_schedule", method.default_schedule)
+        if self.beta_schedule == "step" and method.has_term and not self.beta_milestones:
             raise ValueError("beta-schedule step needs beta-milestones")
-        if self.uses_beta and self.at_start_epoch >= self.epochs:
+        if method.has_term and self.at_start_epoch >= self.epochs:
             raise ValueError(
                 f"at-start-epoch {self.at_start_epoch} is beyond the last of {self.epochs} epochs"
             )
-        if self.uses_gradients:
-            for chosen, what in (
-                (self.compile, "compile: torch.compile cannot differentiate twice"),
-                (self.amp == "fp16", "amp fp16: second derivatives underflow; bf16 has fp32's range"),
-                (self.sync_bn, "sync-bn: SyncBatchNorm cannot be differentiated twice"),
-            ):
-                if chosen:
-                    raise ValueError(f"method {self.method} cannot be combined with {what}")
+        for setting, reason in method.forbids.items():
+            key, _, forbidden = setting.partition(" ")
+            if flag_text(getattr(self, key.replace("-", "_"))) == (forbidden or "true"):
+                raise ValueError(f"method {self.method} cannot be combined with {setting}: {reason}")
         return self
 
     @property
     def uses_cuda(self) -> bool:
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
-
-    @property
-    def uses_at(self) -> bool:
-        return self.method in ("at", "at+kd")
-
-    @property
-    def uses_kd(self) -> bool:
-        return self.method in ("kd", "at+kd")
-
-    @property
-    def uses_hints(self) -> bool:
-        return self.method == "hints"
-
-    @property
-    def uses_gradients(self) -> bool:
-        return self.method in ("grad-at", "symmetry", "min-l2")
-
-    @property
-    def uses_features(self) -> bool:
-        return self.uses_at or self.uses_hints
-
-    @property
-    def uses_beta(self) -> bool:
-        return self.uses_features or self.uses_gradients
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.uses_features or self.uses_kd or self.method == "grad-at"
 
     def to_yaml(self) -> str:
         """The resolved configuration; reads back as a recipe."""
@@ -326,12 +301,3 @@ def _line(error: Any) -> str:
     if not key:
         return message
     return f"{key}: {message[0].lower() + message[1:]} (got {flag_text(error['input'])!r})"
-
-
-def flag_text(value: Any) -> str:
-    """A key's value as one types it."""
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)

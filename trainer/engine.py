@@ -19,8 +19,10 @@ from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.hardware import computes
 from trainer.meter import EvaluationMeter, Meter
-from trainer.objectives import Objective, describe
+from trainer.methods import METHODS
+from trainer.objectives import objective
 from trainer.state import TrainState
+from trainer.student import Student
 from trainer.torch_settings import AMP_DTYPES, default_dtype, fill_momentum, set_up_torch
 from trainer.watch import Diverged, Watch
 
@@ -82,11 +84,11 @@ class Run:
             self.last_step = min(self.last_step, config.max_steps)
 
         self._create_models()
-        self.optimizer = build.optimizer(config, self.tapped)
+        self.optimizer = build.optimizer(config, self.learner)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.watch = Watch(self.student, scaled=config.amp == "fp16")
-        self.meter = Meter(config, self.dataset.classes, self.tapped.taps.names)
-        self.state = TrainState(self.tapped, self.optimizer, self.scaler, ranks, self.meter.size)
+        self.meter = Meter(config, self.dataset.classes, self.method.names)
+        self.state = TrainState(self.learner, self.optimizer, self.scaler, ranks, self.meter.size)
         if self.start.checkpoint is not None:
             resume.check_identity(self.start.checkpoint, self.identity, config)
             self.state.restore(self.start.checkpoint)
@@ -106,7 +108,7 @@ class Run:
 
         Found when rank 0 saves or any rank resumes: it reads every path and every weight.
         """
-        teacher = self.teacher and checkpoint.digest(self.teacher.model)
+        teacher = self.teacher and checkpoint.digest(self.teacher)
         return {"data": self.dataset.identity(), "teacher": teacher}
 
     # --- set-up ---------------------------------------------------------------------------------------
@@ -114,16 +116,14 @@ class Run:
     def _create_models(self) -> None:
         config = self.config
         torch.manual_seed(config.seed)
-        self.tapped, self.teacher = build.networks(config, self.dataset, self.ranks)
-        self.student = self.tapped.model
-        self.objective = Objective(config, self.tapped, self.teacher)
-        batch = min(config.batch_size, len(self.dataset.train))
-        self.terms = describe(self.objective, self.dataset.example(), batch)
-        self.forward: nn.Module = self.tapped
+        self.student, self.teacher = build.networks(config, self.dataset, self.ranks)
+        self.method = METHODS[config.method](config, self.student, self.teacher, self.dataset.example())
+        self.learner = Student(self.student, self.method.trained)
+        self.forward: nn.Module = self.learner
         if self.ranks.world > 1:
-            self.forward = distributed.data_parallel(self.tapped)
+            self.forward = distributed.data_parallel(self.learner)
         if config.compile:
-            build.compile_networks(config, self.forward, self.tapped, self.teacher)
+            build.compile_networks(config, self.forward, self.learner, self.teacher)
 
     def _new_pass(self) -> None:
         """Let CUDA graphs write over what they gave before: it has been used."""
@@ -158,7 +158,8 @@ class Run:
                 f"amp {config.amp} is slow here, without instructions for it: none may be ten times as fast"
             )
         left_out = self.dataset.left_out and f"left out of data-dir: {self.dataset.left_out}"
-        for line in (left_out, self.start.notice, slow, *self.terms):
+        terms = self.method.describe(min(config.batch_size, len(self.dataset.train)))
+        for line in (left_out, self.start.notice, slow, *terms):
             if line:
                 reporter.say(line)
         if self.teacher is not None:
@@ -275,12 +276,13 @@ class Run:
 
     def _backward(self, images: Tensor, labels: Tensor, batch: int, beta: float, sums: Tensor) -> None:
         """Add up the gradients of some images of a global batch, and in `sums` their losses and errors."""
-        with self._autocast():
-            losses, logits = self.objective(self.forward, images, labels, beta)
-        # DDP averages gradients over ranks: weighted by its share, each gives the mean over the global batch.
-        share = len(labels) * self.ranks.world / batch
-        loss = losses.total if share == 1 else losses.total * share
-        self.scaler.scale(loss).backward()
+        with self.method.recording(self.method.uses_term(beta)):
+            with self._autocast():
+                losses, logits = objective(self.method, self.forward, images, labels, beta)
+            # DDP averages gradients over ranks: weighted by its share, each gives the global batch's mean.
+            share = len(labels) * self.ranks.world / batch
+            loss = losses.total if share == 1 else losses.total * share
+            self.scaler.scale(loss).backward()
         self.meter.add(sums, losses, logits, labels)
 
     def _gradients_stay_here(self, stay: bool) -> AbstractContextManager[None]:
@@ -303,11 +305,10 @@ class Run:
         size, meter = self.config.test_batch_size, EvaluationMeter(self.dataset.classes, self.ranks.device)
         starts = range(share.start, share.stop, size)
         parts = [slice(start, min(start + size, share.stop)) for start in starts]
-        with self._autocast():
+        with self._autocast(), self.method.recording(False):
             for images, labels in self.dataset.evaluation_batches(parts):
                 self._new_pass()
-                logits, _ = model(self._format(images))
-                meter.add(logits, labels)
+                meter.add(model(self._format(images)), labels)
         for buffer, value in zip(self.student.buffers(), own, strict=False):
             buffer.copy_(value)
         self._check_unreadable()

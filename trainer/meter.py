@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import Config
+from trainer.methods import METHODS
 from trainer.objectives import Losses, cross_entropy
 from trainer.state import SUMS
 
@@ -26,7 +27,7 @@ class Meter:
         self.top5 = classes >= MANY_CLASSES
         self.taps = [f"at_loss/{tap}" for tap in taps]
         self.size = SUMS + self.top5 + len(self.taps)
-        self.has_at, self.has_kd = config.uses_beta, config.uses_kd
+        self.has_at, self.has_kd = METHODS[config.method].has_term, METHODS[config.method].distils
 
     @torch.no_grad()
     def add(self, sums: Tensor, losses: Losses, logits: Tensor, labels: Tensor) -> None:

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from math import cos, pi
 
 from trainer.config import Config
+from trainer.methods import METHODS
 
 START_DIVISOR = 25.0  # one-cycle begins at lr / 25 and ends at lr / 25e4, as in torch's OneCycleLR
 END_DIVISOR = 25e4
@@ -33,7 +34,7 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
 def beta(config: Config, step: int, steps_per_epoch: int) -> float:
     """Weight of the transfer term at `step`: 0 before `at_start_epoch`, then `beta`, decaying to the end."""
     first = config.at_start_epoch * steps_per_epoch
-    if not config.uses_beta or step < first:
+    if not METHODS[config.method].has_term or step < first:
         return 0.0
     done = (step - first) / (config.epochs * steps_per_epoch - first)
     if config.beta_schedule == "linear":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainer import checkpoint
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
-from trainer.objectives import Tapped
+from trainer.student import Student
 
 SUMS = 6  # of total, CE, AT and KD losses, of wrong answers, of images: what every checkpoint has
 
@@ -39,7 +39,7 @@ class TrainState:
 
     def __init__(
         self,
-        student: Tapped,
+        student: Student,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         ranks: Ranks,
@@ -52,8 +52,8 @@ class TrainState:
     @property
     def parts(self) -> dict[str, Any]:
         """What has a state of its own, by its name in the checkpoint."""
-        hints = {} if self.student.hints is None else {"hints": self.student.hints}
-        return {"model": self.student.model, **hints, "optimizer": self.optimizer, "scaler": self.scaler}
+        networks = {"model": self.student.model, **dict(self.student.beside.items())}
+        return {**networks, "optimizer": self.optimizer, "scaler": self.scaler}
 
     def collect(self) -> dict[str, Any] | None:
         """The state, on rank 0; all ranks must call."""

@@ -101,13 +101,24 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _use_eager_form(run: Any) -> None:
-    import torch
-
+    """Replace the method's term by the authors' form on the features."""
+    import at_fused
     from benchmarks.loss.providers import authors
 
-    run.objective.feature_terms = lambda students, teachers, beta: torch.stack(
-        [beta * authors([student], [teacher]) for student, teacher in zip(students, teachers, strict=True)]
-    )
+    method = run.method
+    method.transfer.close()
+    networks = (method.student, method.names), (method.teacher, method.t_names)
+    taps = [at_fused.FeatureTaps(*network) for network in networks]
+
+    def term(batch: Any, beta: float) -> Any:
+        students, teachers = (side.features for side in taps)
+        terms = [beta * authors([s], [t]) for s, t in zip(students, teachers, strict=True)]
+        method.transfer.losses = {name: one.detach() for name, one in zip(method.names, terms, strict=True)}
+        for side in taps:
+            side.clear()
+        return sum(terms)
+
+    method.term = term
 
 
 def _high_water() -> int:

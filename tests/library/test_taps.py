@@ -548,3 +548,19 @@ def test_a_model_pickled_with_taps_loads_without_at_fused(tmp_path: Path) -> Non
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr) == ("4", "")
+
+
+def test_passes_while_paused_are_not_recorded(model: Net) -> None:
+    x, other = torch.randn(2, 2, 3, 8, 8)
+    with at_fused.FeatureTaps(model, ["group1", "group2:input"]) as taps:
+        with taps.paused():
+            model(x)
+        with pytest.raises(RuntimeError, match="has not reached the tapped modules"):
+            taps.features  # noqa: B018
+        model(x)
+        before = taps.features
+        with taps.paused():
+            model(other)
+        assert all(a is b for a, b in zip(taps.features, before, strict=True))
+        model(other)
+        assert not torch.equal(taps.features[0], before[0])

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import at_fused
@@ -379,6 +380,63 @@ def test_a_call_uses_up_both_passes() -> None:
             missing = "teacher" if last is student else "student"
             with pytest.raises(RuntimeError, match=f"{missing}: this model's latest forward pass has not"):
                 transfer()
+
+
+class Maps(TorchDispatchMode):
+    """Counts the maps that the fused operators make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "at_fused::attention_maps" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_passes_while_paused_are_none() -> None:
+    """They make no map, leave none behind, and what was recorded before is still there."""
+    student, teacher = networks()
+    images, targets = batch()
+    with at_fused.AttentionTransfer(student, teacher, NAMES) as transfer:
+
+        def evaluate() -> int:
+            with transfer.paused(), transfer.paused(), Maps() as maps:
+                teacher(images[:2]), student(images[:2])
+            return maps.count
+
+        buffers = copy.deepcopy(dict(student.named_buffers()))
+        assert evaluate() == 0
+        with pytest.raises(RuntimeError, match="student: this model's latest forward pass has not reached"):
+            transfer()
+        for name, buffer in student.named_buffers():
+            buffer.copy_(buffers[name])
+        with torch.no_grad(), Maps() as maps:
+            teacher(images)
+        if "cpu" in at_fused.available_backends():
+            assert maps.count == 3
+        logits = student(images)
+        evaluate()
+        with pytest.raises(KeyError), transfer.paused():
+            raise KeyError
+        term = transfer()
+        got = term.detach(), gradients(F.cross_entropy(logits, targets) + term, student)
+    assert_same(got, expected())
+
+
+def test_paused_in_a_compiled_model() -> None:
+    student, teacher = networks()
+    with at_fused.AttentionTransfer(student, teacher, NAMES) as transfer:
+        compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
+        with transfer.paused(), torch.no_grad():
+            student.eval()
+            compiled(batch()[0])
+            student.train()
+        assert_same(one_step(student, teacher, transfer, compiled), expected(), roundings=2**10)
+        with transfer.paused():
+            compiled(batch()[0])
+        with pytest.raises(RuntimeError, match="student: this model's latest forward pass has not reached"):
+            transfer()
 
 
 def test_a_skipped_block_is_named() -> None:

@@ -13,10 +13,11 @@ from paths import ROOT
 import models
 import train
 from reproduce.tables import LABELS, TABLES, Plan
+from trainer import methods
 from trainer.command_line import parse_args
 from trainer.config import Config, make_config
 from trainer.errors import ConfigError
-from trainer.objectives import tap_names
+from trainer.methods.features import tap_names
 from trainer.recipes import load_recipe
 
 RECIPES = ROOT / "recipes"
@@ -48,7 +49,7 @@ def test_every_recipe_resolves_and_names_what_exists(path: Path) -> None:
     classes = 1000 if named(path).startswith("table5") else 10
     with torch.device("meta"):
         student = models.create(config.student, classes)
-        if config.uses_features:
+        if methods.METHODS[config.method].compares_features:
             teacher = models.create(str(config.teacher), classes)
             for model, names in zip((student, teacher), tap_names(config, student, teacher), strict=True):
                 assert names
@@ -56,7 +57,7 @@ def test_every_recipe_resolves_and_names_what_exists(path: Path) -> None:
                     model.get_submodule(name)
     for name in config.freeze:
         student.get_submodule(name)
-    assert (config.teacher is not None) == config.needs_teacher
+    assert (config.teacher is not None) == methods.METHODS[config.method].needs_teacher
 
 
 def test_taps_that_one_network_lacks_are_refused() -> None:
@@ -304,7 +305,7 @@ def test_the_mini_recipes_differ_only_in_what_is_shrunk(mini: str, whole: str) -
         if path.stem != "base":
             small, large = resolve(named(path)), resolve(f"{whole}/{path.stem}")
             assert {key for key, value in large if getattr(small, key) != value} <= SHRUNK | FASTER
-            if small.uses_beta:  # as the positions of a map
+            if methods.METHODS[small.method].has_term:  # as the positions of a map
                 scale = (small.image_size / large.image_size) ** 2
                 assert small.beta == pytest.approx(large.beta * scale, rel=0.05)
             counts, large_counts = ([c.at_start_epoch, *c.lr_milestones] for c in (small, large))

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from pathlib import Path
+from typing import Any, ClassVar, get_args
 
 import pytest
 import torch
-from runs import dashed, flags, metrics, run
-from torch import Tensor
+from runs import ROOT, check_same, dashed, flags, metrics, run
+from torch import Tensor, nn
 
 import at_fused
 from at_fused import reference
 from at_fused.backends import BackendError, cpu, cuda, triton
 from at_fused.reference import DISTANCES, MAPPINGS, NORMS, RESIZES, Mapping
 from at_fused.visualize import arguments, pictures
+from trainer import distributed
 from trainer.command_line import parse_args
-from trainer.config import Config, ConfigError, make_config
+from trainer.config import KEYS, Config, ConfigError, make_config
 from trainer.data import DATASETS
 from trainer.data.in_memory import InMemory, Split, Splits
+from trainer.methods import METHODS, Batch, Method
+from trainer.methods.gradients import OfGradients
 
 AT = {"dataset": "digits", "student": "a", "teacher": "b", "teacher-checkpoint": "t", "method": "at"}
 
@@ -139,3 +145,94 @@ def test_a_data_set(
     seen = pictures.read_dataset("mine", None, [0, 4], 8)
     assert (seen.labels, seen.classes) == (["ant", "bee"], ["ant", "bee", "cat"])
     torch.testing.assert_close(seen.shown(8)[0, :, 0, 0], torch.tensor([0.0, 1.0, 2.0]) / 255)
+
+
+# --- methods --------------------------------------------------------------------------------------------
+
+
+class Mine(Method):
+    """Keeps a learnt multiple of the logits small, and says more of itself than any other."""
+
+    has_term = True
+    default_beta = 5.0
+    default_schedule = "cosine"
+    forbids: ClassVar[dict[str, str]] = {"channels-last": "it is for rows", "amp bf16": "it needs digits"}
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.trained = {"scale": nn.Linear(1, 1)}
+
+    def term(self, batch: Batch, beta: float) -> Tensor:
+        return beta * self.trained["scale"](batch.logits.flatten()[:, None]).square().mean()
+
+    def compared(self, per_image: float) -> list[str]:
+        return [f"mine: {per_image:g}"]
+
+
+def test_a_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(METHODS, "mine", Mine)
+    check_key("method", METHODS, capsys)
+    assert help_of("beta", capsys).endswith(
+        "; default 1000 for at and at+kd, 10 for hints, 5 for mine, else 1"
+    )
+    schedules = "; unset: linear for at+kd and hints, cosine for mine, else constant"
+    assert help_of("beta-schedule", capsys).endswith(schedules)
+    config = parsed(method="mine")
+    assert (config.beta, config.beta_schedule) == (5.0, "cosine")
+    for key, value, text in (
+        ("channels-last", "true", "channels-last: it is for rows"),
+        ("amp", "bf16", "amp bf16: it"),
+    ):
+        with pytest.raises(ConfigError, match=f"method mine cannot be combined with {text}"):
+            parsed(method="mine", **{key: value})
+    assert parsed(method="mine", channels_last="false", amp="none").amp == "none"
+
+    whole = {"method": "mine", "epochs": 2, "limit_train": 64, "checkpoint_every": 1, "batch_size": 32}
+    assert run(tmp_path / "whole", **whole) == 0
+    out = capsys.readouterr().out
+    assert "beta 5, cosine" in out
+    assert "mine: 0.15625" in out
+    assert all(line["at_loss"] > 0 for line in metrics(tmp_path / "whole"))
+    stored = torch.load(tmp_path / "whole/checkpoint.pt", weights_only=True)["scale"]
+    monkeypatch.setattr(distributed.StopRequest, "poll", lambda self: 15)
+    while run(tmp_path / "parts", **whole):
+        pass
+    check_same(tmp_path / "parts", tmp_path / "whole")
+    for name, value in torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)["scale"].items():
+        assert torch.equal(value, stored[name])
+
+
+def test_a_method_without_its_term_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not another method's."""
+
+    class Forgotten(OfGradients):
+        pass
+
+    monkeypatch.setitem(METHODS, "forgotten", Forgotten)
+    with pytest.raises(NotImplementedError):
+        run(tmp_path / "run", method="forgotten")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_says_of_itself_is_so(name: str) -> None:
+    method = METHODS[name]
+    assert method.default_schedule in get_args(get_args(Config.model_fields["beta_schedule"].annotation)[0])
+    for setting in method.forbids:
+        assert setting.partition(" ")[0] in KEYS
+    assert method.__doc__ != Method.__doc__ or name == "none"
+
+
+def test_the_examples_of_contributing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block is a file, and the line after it the entry in its table."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks = [textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", page, re.S)]
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    monkeypatch.setitem(METHODS, "small-logits", names["SmallLogits"])
+    monkeypatch.setitem(DATASETS, "noise", names["NOISE"])
+    assert run(tmp_path / "run", method="small-logits", dataset="noise", epochs=1) == 0
+    (line,) = metrics(tmp_path / "run")
+    assert line["at_loss"] > 0

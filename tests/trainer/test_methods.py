@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 
 import models
 import train
+from at_fused import _hooks
 from trainer import data, engine
 from trainer.config import Config, make_config
 from trainer.data import in_memory
 from trainer.distributed import Ranks
-from trainer.objectives import Objective, Tapped, tap_names
+from trainer.methods import METHODS as TABLE
+from trainer.objectives import objective
 
 METHODS = ("hints", "grad-at", "symmetry", "min-l2")
 
@@ -101,7 +104,7 @@ def test_training_step_against_a_plain_loop(method: str, teacher: Path, tmp_path
     if method == "hints":
         hints = nn.Module()
         hints.regressors = nn.ModuleList(nn.Conv2d(16 * 2**i, 32 * 2**i, 1) for i in range(3))
-        hints.load_state_dict(ours.tapped.hints.state_dict())  # type: ignore[union-attr]
+        hints.load_state_dict(ours.learner.beside["hints"].state_dict())
     parameters = [*plain.parameters(), *(hints.parameters() if hints else [])]
     optimizer = torch.optim.SGD(parameters, 0.01, 0.9, weight_decay=0.1)
 
@@ -132,7 +135,7 @@ def test_training_step_against_a_plain_loop(method: str, teacher: Path, tmp_path
             assert (after - expected).norm() / (expected - before).norm() < 0.02, name
     if hints is not None:
         for (name, after), expected in zip(
-            ours.tapped.hints.named_parameters(),  # type: ignore[union-attr]
+            ours.learner.beside["hints"].named_parameters(),
             hints.parameters(),
             strict=True,
         ):
@@ -176,10 +179,9 @@ def test_options_of_attention_and_distillation_reach_the_loss(keys: dict[str, An
     defaults = make_config({"dataset": "digits", **both})
     config = make_config({"dataset": "digits", **both, **keys})
     networks = [models.create(name).eval() for name in ("wrn-10-1", "wrn-10-2")]
-    names = tap_names(config, *networks)
-    student, teacher = (Tapped(net, taps) for net, taps in zip(networks, names, strict=True))
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([3, 1, 4, 1])
-    losses, _ = Objective(config, student, teacher)(student, images, labels, config.beta / 2)
+    method = TABLE[config.method](config, *networks, images[:1])
+    losses, _ = objective(method, networks[0], images, labels, config.beta / 2)
 
     with torch.no_grad():
         (logits, students), (t_logits, teachers) = (groups(net, images) for net in networks)
@@ -280,6 +282,62 @@ def test_one_group_alone(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert lines == ["AT group2 32x8x8 <- group2 64x8x8: beta 0.244 per element"]
 
 
+class Passes:
+    """Counts a network's passes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.count = 0
+        network.register_forward_hook(lambda *_: setattr(self, "count", self.count + 1))
+
+
+@pytest.mark.parametrize("method", ["at", "at+kd", "hints"])
+def test_passes_are_recorded_where_the_term_is_used(
+    method: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in a test, nor while beta is 0: there the teacher runs for its logits alone."""
+    recorded: list[str] = []
+    tap = _hooks._Tap.tap
+    monkeypatch.setattr(
+        _hooks._Tap, "tap", lambda self, *args: recorded.append(self.selector.name) or tap(self, *args)
+    )
+    keys = dashed(keys_of(method, teacher)) | {"at-start-epoch": 1, "accumulate": 2}
+    ours = engine.Run(make_config(SMALL | keys | {"output-dir": tmp_path}), Ranks(0, 1, torch.device("cpu")))
+    teachers = Passes(ours.teacher)  # type: ignore[arg-type]
+    (batch,) = ours.dataset.training_batches(0, 0, [slice(0, 8)])
+    recorded.clear()
+
+    ours.evaluate(ours.student)
+    ours.evaluate(ours.teacher)  # type: ignore[arg-type]
+    assert not recorded
+    seen, teachers.count = teachers.count, 0
+    assert seen
+    ours._train_step(*batch, 8)
+    always = method == "hints"  # whose regressors need a gradient in every step
+    assert teachers.count == (0 if method == "at" else 2)
+    assert len(recorded) == (12 if always else 0)
+    recorded.clear()
+    ours.progress.step = ours.steps_per_epoch
+    ours._train_step(*batch, 8)
+    assert len(recorded) == 12  # three groups of two networks, in two parts
+    assert ours.sums[2] > 0
+    ours.evaluate(ours.student)
+    with pytest.raises(RuntimeError, match="has not reached the tapped modules"):  # nothing is left behind
+        ours.method.term(None, 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["at", "at+kd", "hints"])
+def test_compiled_terms_start_at_their_epoch(method: str, teacher: Path, tmp_path: Path) -> None:
+    keys = keys_of(method, teacher) | {"at_start_epoch": 1, "epochs": 2, "limit_train": 128, "lr": 0.001}
+    for compiled in ("false", "true"):
+        assert run(tmp_path / compiled, **keys, compile=compiled) == 0
+    eager, lines = metrics(tmp_path / "false"), metrics(tmp_path / "true")
+    for ours, theirs in zip(lines, eager, strict=True):
+        for key in ("train_loss", "ce_loss", "at_loss", "test_loss"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+    assert [line["at_loss"] > 0 for line in lines] == [False, True]
+
+
 # --- what is told, and what is refused ----------------------------------------------------------------
 
 
@@ -309,6 +367,28 @@ def test_effective_weights_are_told(
     for line in told:
         assert line in out
     assert ("beta" in out) is bool(told)
+
+
+def test_maps_of_one_position_are_told() -> None:
+    """Once, by the run's description: normalised, such a map is 1 whatever the features are."""
+    keys = dashed(keys_of("at", Path("t"))) | {
+        "student": "resnet-18",
+        "teacher": "resnet-18",
+        "data-dir": "d",
+    }
+    for normalize in ("l2", "l1", "none"):
+        config = make_config(keys | {"taps": ["layer2", "layer4"], "normalize": normalize})
+        nets = [models.create("resnet-18").eval() for _ in range(2)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            method = TABLE["at"](config, *nets, torch.zeros(1, 3, 16, 16))
+            losses, _ = objective(method, nets[0], torch.randn(2, 3, 16, 16), torch.tensor([0, 1]), 1000.0)
+        lines = method.describe(50)[1:]
+        assert lines[0] == "AT layer2 128x2x2 <- layer2 128x2x2: beta 5 per element"
+        constant = "loss 0, a normalised map of one position is always 1"
+        told = "beta 20 per element" if normalize == "none" else constant
+        assert lines[1] == f"AT layer4 512x1x1 <- layer4 512x1x1: {told}"
+        assert (losses.taps[1] > 0) == (normalize == "none")
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ from trainer.config import make_config
 from trainer.data import in_memory
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
-from trainer.objectives import Tapped
 from trainer.state import TrainState
+from trainer.student import Student
 
 CPU = torch.device("cpu")
 
@@ -344,8 +344,8 @@ def test_passes_are_in_the_chosen_precision_and_layout(
     keys |= {"amp": amp, "channels-last": layout is torch.channels_last, "output-dir": tmp_path}
     run = engine.Run(make_config(SMALL | keys | {"limit-test": 4}), Ranks(0, 1, CPU))
     seen: list[tuple[torch.dtype, bool]] = []
-    for tapped in (run.tapped, run.teacher):
-        conv = tapped.model.group2[0].conv1  # type: ignore[union-attr]
+    for network in (run.student, run.teacher):
+        conv = network.group2[0].conv1  # type: ignore[union-attr]
         assert conv.weight.is_contiguous(memory_format=layout)
         conv.register_forward_hook(
             lambda _, inputs, output: seen.append(
@@ -354,7 +354,7 @@ def test_passes_are_in_the_chosen_precision_and_layout(
         )
     (batch,) = run.dataset.training_batches(0, 0, [slice(0, 4)])
     run._train_step(*batch, 4)
-    run.evaluate(run.tapped)
+    run.evaluate(run.student)
     run.evaluate(run.teacher)  # type: ignore[arg-type]
     assert seen == [(dtype, True)] * 4
 
@@ -877,10 +877,10 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path, monkeypatch: pytes
 
 def test_each_rank_gets_its_own_random_numbers_and_sums_back() -> None:
     def state(rank: int, world: int) -> TrainState:
-        tapped = Tapped(torch.nn.Linear(2, 2), [])
-        optimizer = torch.optim.SGD(tapped.parameters(), 0.1)
+        learner = Student(torch.nn.Linear(2, 2), {})
+        optimizer = torch.optim.SGD(learner.parameters(), 0.1)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        return TrainState(tapped, optimizer, scaler, Ranks(rank, world, CPU))
+        return TrainState(learner, optimizer, scaler, Ranks(rank, world, CPU))
 
     expected, ranks, stored = [], [], {}
     for rank in range(2):

@@ -1,0 +1,74 @@
+"""Activation-based attention transfer (section 3.1)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import at_fused
+from trainer.methods.features import ComparesFeatures
+from trainer.methods.method import Batch
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+
+class Attention(ComparesFeatures):
+    """Compares attention maps, which are taken in the networks' passes."""
+
+    def __init__(
+        self, config: Config, student: nn.Module, teacher: nn.Module | None, example: Tensor
+    ) -> None:
+        super().__init__(config, student, teacher, example)
+        assert teacher is not None
+        self.transfer = at_fused.AttentionTransfer(
+            student,
+            teacher,
+            self.names,
+            self.t_names,
+            config.p,
+            beta=config.beta,
+            mapping=config.mapping,
+            normalize=None if config.normalize == "none" else config.normalize,
+            distance=config.distance,
+            norm_order=config.norm_order,
+            backend=config.backend,
+        )
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", "the maps of .* have a single position"
+                )  # `compared` says so
+                teacher.eval()(example)
+                student.eval()(example)
+                self.transfer()
+        except (ValueError, TypeError) as error:
+            raise self.error(error) from None
+
+    def recording(self, on: bool) -> AbstractContextManager[None]:
+        return nullcontext() if on else self.transfer.paused()
+
+    def term(self, batch: Batch, beta: float) -> Tensor:
+        self.transfer.beta = beta
+        return self.transfer()
+
+    @property
+    def losses(self) -> Mapping[str, Tensor]:
+        return self.transfer.losses
+
+    def compared(self, per_image: float) -> list[str]:
+        lines = []
+        for pair, student, _ in self.pairs():
+            positions = student[1:].numel()
+            if positions == 1 and self.config.normalize != "none":
+                lines.append(f"AT {pair}: loss 0, a normalised map of one position is always 1")
+            elif self.config.distance == "mse":
+                lines.append(f"AT {pair}: beta {per_image / positions:.3g} per element")
+            else:
+                lines.append(f"AT {pair}: beta {per_image:.3g} per image")
+        return lines
