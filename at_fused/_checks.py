@@ -175,7 +175,7 @@ def warn_if_channels_last(feat: Tensor, channel_dim: int, what: str) -> None:
 def _looks_channels_last(shape: tuple[int, ...]) -> bool:
     """Whether sizes behind the batch are (H, W, C) with H = W, or (N, C) with N a grid of tokens."""
     if len(shape) == 3:
-        return shape[0] == shape[1] != shape[2] and shape[0] > 1
+        return shape[0] == shape[1] != shape[2] and shape[0] > 1 and shape[2] % 16 == 0
     if len(shape) == 2 and shape[0] > 1:
         tokens, channels = shape
         # A square grid, with or without class and distillation tokens; a power of 2 is as likely channels.

@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import backends
 from ._selectors import Selector, parse, replaced, select
+from ._tracing import constant, guard_on_hooks
 
 # From a feature: what is recorded of it, and what the model goes on with (None: the feature itself).
 Take = Callable[[Tensor, Selector, Any], tuple[Any, Tensor | None]]
@@ -40,6 +43,8 @@ class Pass:
         self.running = False  # between the beginning and the end of the model's own call
         self.trains = False  # the model's output required a gradient
         self.paused = False  # what runs now is no pass
+        # Whether a tapped module that is called from outside of the model's own call leaves no record.
+        self.own_calls_only = False
 
 
 class ModelTaps:
@@ -65,11 +70,11 @@ class ModelTaps:
         self.names = tuple(selector.name for selector in self.selectors)
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"module names are repeated: {list(self.names)}")
-        _guard_on_hooks()
+        guard_on_hooks()
         self.model = weakref.ref(model)
         self.hooked = {s.name: weakref.ref(modules[s.module]) for s in self.selectors}
-        begin = _Begin(model, self.pass_, [*self.hooked.values()])
-        self._handles.append(model.register_forward_pre_hook(begin, prepend=True))
+        _living.add(self)
+        self._handles.append(model.register_forward_pre_hook(_Begin(model, self.pass_), prepend=True))
         for selector in self.selectors:
             module = modules[selector.module]
             if selector.of_input:
@@ -78,7 +83,8 @@ class ModelTaps:
             else:
                 output_hook = _OutputTap(module, selector, self.pass_, take)
                 self._handles.append(module.register_forward_hook(output_hook))
-        self._handles.append(model.register_forward_hook(_End(model, self.pass_)))
+        # Also where the forward pass raises: what calls parts of the model then is no part of that pass.
+        self._handles.append(model.register_forward_hook(_End(model, self.pass_), always_call=True))
 
     @property
     def closed(self) -> bool:
@@ -108,7 +114,8 @@ class ModelTaps:
         if not torch.compiler.is_compiling() and (swapped := self._swapped()):
             return (
                 f"the tapped modules {swapped} are no longer part of this model (replaced, as by "
-                "convert_sync_batchnorm or quantization): tap the model after it has been changed"
+                "convert_sync_batchnorm or quantization, or wrapped, as by torch.compile(module) or "
+                "checkpoint_wrapper): tap the model after it has been changed"
             )
         if not absent:
             return None
@@ -124,14 +131,30 @@ class ModelTaps:
             return []
         return [s.name for s in self.selectors if _submodule(model, s.module) is not self.hooked[s.name]()]
 
-    def hooked_later(self, name: str) -> bool:
-        """Whether a hook that is called after the tap may have changed what the model went on with."""
+    def _selector(self, name: str) -> Selector:
+        return next(selector for selector in self.selectors if selector.name == name)
+
+    def hooked_later(self, name: str) -> str | None:
+        """What is wrong where a hook that is called after the tap may have changed the feature."""
         module = self.hooked[name]()
         if module is None:
-            return False
-        hooks = [*module._forward_hooks.values()]
-        taps = [i for i, hook in enumerate(hooks) if isinstance(hook, _OutputTap)]
-        return bool(taps) and any(not isinstance(hook, _Hook) for hook in hooks[taps[-1] :])
+            return None
+        of_input = self._selector(name).of_input
+        hooks = [*(module._forward_pre_hooks if of_input else module._forward_hooks).values()]
+        taps = [i for i, hook in enumerate(hooks) if isinstance(hook, _Tap)]
+        if not taps or all(isinstance(hook, _Hook) for hook in hooks[taps[-1] :]):
+            return None
+        return (
+            f"a forward hook was registered on {name!r} after its tap: the model may have gone on with other "
+            "values than those recorded"
+        )
+
+    def move_to_the_end(self) -> None:
+        """Moves taps behind hooks that were registered later, which may change the feature."""
+        for reference in self.hooked.values():
+            if (module := reference()) is not None:
+                _move_taps_to_the_end(module._forward_pre_hooks)
+                _move_taps_to_the_end(module._forward_hooks)
 
     def lost_gradient(self, name: str, *, student: bool = False) -> str | None:
         """Why a feature that ought to carry a gradient does not, and the cure; None where all is well.
@@ -167,8 +190,9 @@ class ModelTaps:
         model, tapped = self.model(), self.hooked[name]()
         if model is None or tapped is None:
             return True
+        module_name = self._selector(name).module
         if not (record.in_function or record.input_grad):
-            module = next(s.module for s in self.selectors if s.name == name)
+            module = module_name
             while module:
                 part = model.get_submodule(module)
                 if _is_frozen(part) and next(part.parameters(), None) is not None:
@@ -179,6 +203,9 @@ class ModelTaps:
                 break
             if any(parameter.requires_grad for parameter in module_before.parameters(recurse=False)):
                 return False
+        if next(tapped.parameters(), None) is None and not (record.graded and not record.in_function):
+            # An activation may be registered before the layers that it follows.
+            tapped = model.get_submodule(module_name.rpartition(".")[0])
         return _is_frozen(tapped)
 
 
@@ -218,19 +245,12 @@ _NOTHING = getattr, (contextlib.nullcontext(), "__exit__")
 class _Begin(_Hook):
     """Before the model's own call."""
 
-    def __init__(self, module: nn.Module, pass_: Pass, tapped: list[weakref.ref[nn.Module]]) -> None:
-        super().__init__(module, pass_)
-        self.tapped = tapped
-
     def __call__(self, module: nn.Module, args: Any) -> None:
         if module is not self.module() or self.pass_.paused or _recomputing():
             return
         self.pass_.records.clear()
         self.pass_.running, self.pass_.trains = True, False
-        if not torch.compiler.is_compiling():
-            for reference in self.tapped:
-                if (tapped := reference()) is not None:
-                    _move_taps_to_the_end(tapped)
+        _order_hooks()
 
 
 class _End(_Hook):
@@ -250,7 +270,11 @@ class _Tap(_Hook):
     def tap(self, value: Any, args: Any) -> Any:
         """`value` as the model is to go on with it; None: unchanged."""
         pass_, selector = self.pass_, self.selector
+        if torch.jit.is_tracing() or (pass_.own_calls_only and not pass_.running):
+            return None
         feature = select(value, selector)
+        if isinstance(feature, torch.fx.Proxy):  # what is traced is a copy, and not tapped
+            return None
         taken, passed_on = self.take(feature, selector, value)
         if not _recomputing():
             if not pass_.running and selector.name in pass_.records:
@@ -261,7 +285,9 @@ class _Tap(_Hook):
                 torch._C._is_fwd_grad_enabled()  # off in the forward of every autograd.Function
             )
             input_grad = not compiling and _requires_grad(args)
-            record = Record(taken, feature.requires_grad, graded, in_function, input_grad)
+            # Within vmap and forward mode, a tensor does not know of gradients outside.
+            feature_grad = feature.requires_grad or not backends.is_plain(feature)
+            record = Record(taken, feature_grad, graded, in_function, input_grad)
             pass_.records[selector.name] = record
         return None if passed_on is None else replaced(value, selector.path, passed_on)
 
@@ -317,25 +343,17 @@ def _requires_grad(output: Any) -> bool:
     return isinstance(output, (tuple, list)) and any(_requires_grad(item) for item in output)
 
 
-def _move_taps_to_the_end(module: nn.Module) -> None:
-    """Moves taps behind hooks that were registered later, which may change what the model goes on with."""
-    hooks: Any = module._forward_hooks
+_living: weakref.WeakSet[ModelTaps] = weakref.WeakSet()
+
+
+@constant
+def _order_hooks() -> None:
+    """Puts taps behind other hooks: before each pass, or before torch.compile traces one."""
+    for taps in [*_living]:
+        taps.move_to_the_end()
+
+
+def _move_taps_to_the_end(hooks: Any) -> None:
     if len(hooks) > 1 and not isinstance(hooks[next(reversed(hooks))], _Hook):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+        for key in [key for key, hook in hooks.items() if isinstance(hook, (_Tap, _End))]:
             hooks.move_to_end(key)
-
-
-def _guard_on_hooks() -> None:
-    """Has torch.compile look at the hooks of the modules it is called with.
-
-    By default (`torch._dynamo.config.skip_nnmodule_hook_guards`) it runs what it compiled for a model without
-    hooks for one that has some, too, and nothing is recorded. What was compiled so is dropped.
-    """
-    if torch.compiler.is_compiling():
-        return
-    import torch._dynamo as dynamo
-
-    if dynamo.config.skip_nnmodule_hook_guards:
-        dynamo.config.skip_nnmodule_hook_guards = False
-        if dynamo.utils.counters["stats"]["unique_graphs"]:
-            torch.compiler.reset()

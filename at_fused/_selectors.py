@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch.fx
 from torch import Tensor, nn
 
 _INPUT, _OUTPUT = ":input", ":output"
@@ -77,7 +78,7 @@ def select(value: Any, selector: Selector) -> Any:
             found = found[index] if not _is_attribute(found, index) else getattr(found, index)
         except (LookupError, TypeError, AttributeError):
             raise TypeError(f"tap {selector.name!r}: there is no [{index!r}] in {_contents(found)}") from None
-    if not isinstance(found, Tensor):
+    if not isinstance(found, (Tensor, torch.fx.Proxy)):
         what = "received" if selector.of_input else "returned"
         raise TypeError(
             f"tapped module {selector.name!r} {what} {_contents(found)}, not a tensor: select one with an "

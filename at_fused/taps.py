@@ -80,12 +80,8 @@ class FeatureTaps:
                 f"the output of {name!r} was modified in place after it was recorded (by a ReLU, say): "
                 "the feature holds the modified values; tap the later module, or make it out-of-place",
             )
-        if taps.hooked_later(name):
-            self._warn(
-                name,
-                f"a forward hook was registered on {name!r} after its tap: the model may have gone on with "
-                "other values than those recorded",
-            )
+        if problem := taps.hooked_later(name):
+            self._warn(name, problem)
 
     def _warn(self, name: str, text: str) -> None:
         if (name, text) not in self._warned:

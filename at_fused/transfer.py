@@ -23,9 +23,9 @@ from ._checks import (
     warn_if_channels_last,
 )
 from ._hooks import ModelTaps, is_complete
+from ._pairs import ChannelDim, pair_names, per_pair, settle_what_is_shared
 from ._selectors import Selector, leads_to_a_part
-
-ChannelDim = int | Sequence[int]
+from ._tracing import constant
 
 
 class AttentionTransfer:
@@ -113,7 +113,7 @@ class AttentionTransfer:
             resize=resize,
             backend=backend,
         )
-        s_names, t_names = _pairs(names, t_names)
+        s_names, t_names = pair_names(names, t_names)
         count = len(s_names)
         self.p, self.beta = p, beta
         self.weights = (1.0,) * count if weights is None else tuple(check_weights(weights, count))
@@ -126,15 +126,18 @@ class AttentionTransfer:
             "resize": resize,
         }
         self.losses: dict[str, Tensor] = {}
-        s_dims = _per_pair("channel_dim", channel_dim, count)
-        t_dims = s_dims if t_channel_dim is None else _per_pair("t_channel_dim", t_channel_dim, count)
+        s_dims = per_pair("channel_dim", channel_dim, count)
+        t_dims = s_dims if t_channel_dim is None else per_pair("t_channel_dim", t_channel_dim, count)
         options = float(p), mapping, backend
         self._has_teacher = teacher is not None
         self._student = ModelTaps(student, s_names, _TakeMap(s_names, s_dims, *options))
+        self._teacher = ModelTaps(None, t_names, _TakeMap(t_names, t_dims, *options))
         try:
             self._teacher = ModelTaps(teacher, t_names, _TakeMap(t_names, t_dims, *options))
+            if not (self._student.closed or self._teacher.closed):
+                settle_what_is_shared(self._student, self._teacher)
         except BaseException:
-            self._student.close()
+            self.close()
             raise
         self._options = {
             "names": s_names,
@@ -156,6 +159,8 @@ class AttentionTransfer:
         Args:
             teacher_maps: what to compare the student with instead of the teacher's pass.
         """
+        if not torch.compiler.is_compiling():
+            check_real("beta", self.beta)
         students = self._taken("student", self._student)
         if teacher_maps is not None:
             teachers = self._given(teacher_maps, students)
@@ -190,6 +195,8 @@ class AttentionTransfer:
                     "ReLU, say), and its gradient needs its values: tap the module that modified it, or make "
                     "that out-of-place"
                 )
+            if not torch.compiler.is_compiling() and (problem := taps.hooked_later(name)):
+                self._warn(f"{who}: {problem}")
             maps.append(taken.attention)
         return maps
 
@@ -219,13 +226,16 @@ class AttentionTransfer:
             )
         if problem := map_mismatch(student, teacher, self.distance["resize"]):
             raise ValueError(f"the maps of student and teacher, {pair}, {problem}")
-        if self.distance["normalize"] and student.shape[1:].numel() == 1 and s_name not in self._warned:
-            self._warned.add(s_name)
-            warnings.warn(
+        if self.distance["normalize"] and student.shape[1:].numel() == 1:
+            self._warn(
                 f"the maps of {s_name!r} have a single position: normalised they are 1 whatever the feature, "
-                "so this pair's loss and gradient are 0; tap an earlier module",
-                stacklevel=3,
+                "so this pair's loss and gradient are 0; tap an earlier module"
             )
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            _warn(text)
 
     def _compare(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
         """The weighted distance of each pair, beta included: (n_pairs,)."""
@@ -329,35 +339,7 @@ class _TakeMap:
         return _Map(attention, passed_on, passed_on._version), passed_on
 
 
-def _pairs(
-    names: Iterable[str] | Mapping[str, str], t_names: Iterable[str] | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The student's and the teacher's names, as many of each."""
-    for what, value in (("names", names), ("t_names", t_names)):
-        if isinstance(value, str):
-            raise TypeError(f"{what} must be a sequence of module names, got the single string {value!r}")
-    if isinstance(names, Mapping):
-        if t_names is not None:
-            raise TypeError("names is a mapping of student's to teacher's names: t_names can't be given, too")
-        s_names, teachers = tuple(names.keys()), tuple(names.values())
-    else:
-        s_names = tuple(names)
-        teachers = s_names if t_names is None else tuple(t_names)
-    if len(s_names) != len(teachers):
-        raise ValueError(
-            f"names and t_names must be of the same number: got {len(s_names)} {list(s_names)} and "
-            f"{len(teachers)} {list(teachers)}"
-        )
-    if not s_names:
-        raise ValueError("names are empty: at least one pair is needed")
-    return s_names, teachers
-
-
-def _per_pair(what: str, value: ChannelDim, count: int) -> tuple[int, ...]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (value,) * count
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"{what} must be an integer or one per pair, got {type(value).__name__}")
-    if len(value) != count:
-        raise ValueError(f"{what} must be an integer or one per pair: got {len(value)} for {count} pairs")
-    return tuple(value)
+@constant
+def _warn(text: str) -> None:
+    """Warns also where torch.compile traces a call, which can't trace a warning."""
+    warnings.warn(text, stacklevel=5)

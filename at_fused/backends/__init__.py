@@ -35,6 +35,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import cpu, cuda, triton
@@ -66,6 +67,8 @@ def select(backend: str, feats: Sequence[Tensor], p: float, mapping: str) -> str
     """
     if backend == "auto" and mapping == "sum" and torch.compiler.is_compiling():
         return "reference"
+    if backend == "auto" and not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return "reference"  # the kernels have no derivatives of forward mode
     for name in _available if backend == "auto" else (backend,):
         if name == "reference":
             return name
@@ -86,10 +89,15 @@ def _wrapped(feats: Sequence[Tensor]) -> str | None:
     return None
 
 
+_BATCHED = torch._C._dispatch_key_parse("Batched")  # the gradients of is_grads_batched=True
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether `tensor` is no DTensor or other wrapper, and not transformed by vmap or torch.func.grad."""
     if torch.compiler.is_compiling():
         return True
     return not (
-        torch._C._functorch.is_functorch_wrapped_tensor(tensor) or is_traceable_wrapper_subclass(tensor)
+        torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or is_traceable_wrapper_subclass(tensor)
+        or torch._C._dispatch_keys(tensor).has(_BATCHED)
     )
