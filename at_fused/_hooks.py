@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.fx
@@ -73,10 +73,10 @@ class ModelTaps:
         guard_on_hooks()
         self.model = weakref.ref(model)
         self.hooked = {s.name: weakref.ref(modules[s.module]) for s in self.selectors}
-        _living.add(self)
         self._handles.append(model.register_forward_pre_hook(_Begin(model, self.pass_), prepend=True))
         for selector in self.selectors:
             module = modules[selector.module]
+            _tapped.add(module)
             if selector.of_input:
                 input_hook = _InputTap(module, selector, self.pass_, take)
                 self._handles.append(module.register_forward_pre_hook(input_hook, with_kwargs=True))
@@ -148,13 +148,6 @@ class ModelTaps:
             f"a forward hook was registered on {name!r} after its tap: the model may have gone on with other "
             "values than those recorded"
         )
-
-    def move_to_the_end(self) -> None:
-        """Moves taps behind hooks that were registered later, which may change the feature."""
-        for reference in self.hooked.values():
-            if (module := reference()) is not None:
-                _move_taps_to_the_end(module._forward_pre_hooks)
-                _move_taps_to_the_end(module._forward_hooks)
 
     def lost_gradient(self, name: str, *, student: bool = False) -> str | None:
         """Why a feature that ought to carry a gradient does not, and the cure; None where all is well.
@@ -343,17 +336,14 @@ def _requires_grad(output: Any) -> bool:
     return isinstance(output, (tuple, list)) and any(_requires_grad(item) for item in output)
 
 
-_living: weakref.WeakSet[ModelTaps] = weakref.WeakSet()
+_tapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @constant
 def _order_hooks() -> None:
-    """Puts taps behind other hooks: before each pass, or before torch.compile traces one."""
-    for taps in [*_living]:
-        taps.move_to_the_end()
-
-
-def _move_taps_to_the_end(hooks: Any) -> None:
-    if len(hooks) > 1 and not isinstance(hooks[next(reversed(hooks))], _Hook):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, (_Tap, _End))]:
-            hooks.move_to_end(key)
+    """Before a pass, or its tracing: moves taps behind later hooks, which may change the feature."""
+    for module in [*_tapped]:
+        for hooks in (cast(Any, module._forward_pre_hooks), cast(Any, module._forward_hooks)):
+            if len(hooks) > 1 and not isinstance(hooks[next(reversed(hooks))], _Hook):
+                for key in [key for key, hook in hooks.items() if isinstance(hook, (_Tap, _End))]:
+                    hooks.move_to_end(key)
