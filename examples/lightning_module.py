@@ -30,17 +30,16 @@ class Distillation(lightning.LightningModule):
         super().__init__()
         self.student, self.lr = student, lr
         self.teacher = teacher.eval().requires_grad_(False)  # Lightning keeps the mode it finds a module in
-        self.attention = at_fused.AttentionLoss(p=2, beta=beta)
-        self.s_taps, self.t_taps = at_fused.FeatureTaps(student, names), at_fused.FeatureTaps(teacher, names)
+        self.transfer = at_fused.AttentionTransfer(student, teacher, names, beta=beta)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
         with torch.no_grad():
             self.teacher(images)
         cross_entropy = F.cross_entropy(self.student(images), labels)
-        transfer = self.attention(self.s_taps.features, self.t_taps.features)
-        self.log_dict({"cross_entropy": cross_entropy, "attention": transfer}, prog_bar=True)
-        return cross_entropy + transfer
+        attention = self.transfer()
+        self.log_dict({"cross_entropy": cross_entropy, "attention": attention}, prog_bar=True)
+        return cross_entropy + attention
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.student.parameters(), self.lr, momentum=0.9, weight_decay=1e-4)

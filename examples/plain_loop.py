@@ -41,22 +41,21 @@ def train(model: nn.Module, loader: DataLoader, epochs: int) -> None:
 
 def distill(student: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: int) -> list[float]:
     """The same loop with a teacher; returns the attention term of every step."""
-    attention = at_fused.AttentionLoss(p=2, beta=1000)
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
     student.train()
     teacher.eval()  # its BatchNorm must not learn
     history = []
-    with at_fused.FeatureTaps(student, GROUPS) as s_taps, at_fused.FeatureTaps(teacher, GROUPS) as t_taps:
+    with at_fused.AttentionTransfer(student, teacher, GROUPS, beta=1000) as transfer:
         for _ in range(epochs):
             for images, labels in loader:
                 with torch.no_grad():
                     teacher(images)
                 cross_entropy = F.cross_entropy(student(images), labels)
-                transfer = attention(s_taps.features, t_taps.features)
+                attention = transfer()  # of these two passes
                 optimizer.zero_grad()
-                (cross_entropy + transfer).backward()
+                (cross_entropy + attention).backward()
                 optimizer.step()
-                history.append(transfer.detach())
+                history.append(attention.detach())
     return torch.stack(history).tolist()
 
 

@@ -29,23 +29,21 @@ def distill(student: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student.to(device).train()
     teacher.to(device).eval()
-    attention = at_fused.AttentionLoss(p=2, beta=1000)
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3, weight_decay=0.05)
-    s_taps = at_fused.FeatureTaps(student, last_stages(student))
-    t_taps = at_fused.FeatureTaps(teacher, last_stages(teacher))
+    names = last_stages(student), last_stages(teacher)
     history = []
-    with s_taps, t_taps:
+    with at_fused.AttentionTransfer(student, teacher, *names, beta=1000) as transfer:
         for _ in range(epochs):
             for images, labels in loader:
                 images, labels = images.to(device), labels.to(device)
                 with torch.no_grad():
                     teacher(images)
                 cross_entropy = F.cross_entropy(student(images), labels)
-                transfer = attention(s_taps.features, t_taps.features)
+                attention = transfer()
                 optimizer.zero_grad()
-                (cross_entropy + transfer).backward()
+                (cross_entropy + attention).backward()
                 optimizer.step()
-                history.append(transfer.detach())
+                history.append(attention.detach())
     return torch.stack(history).tolist()
 
 

@@ -24,11 +24,10 @@ def distill(student: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: 
     """Trains `student`; returns the attention term of every step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student.to(device).train()
-    teacher.to(device).eval()
-    attention = at_fused.AttentionLoss(p=2, beta=1000)
+    teacher.to(device).eval().requires_grad_(False)  # else autocast keeps bf16 copies of its weights
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     history = []
-    with at_fused.FeatureTaps(student, GROUPS) as s_taps, at_fused.FeatureTaps(teacher, GROUPS) as t_taps:
+    with at_fused.AttentionTransfer(student, teacher, GROUPS, beta=1000) as transfer:
         for _ in range(epochs):
             for images, labels in loader:
                 images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
@@ -36,11 +35,11 @@ def distill(student: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: 
                     with torch.no_grad():
                         teacher(images)
                     cross_entropy = F.cross_entropy(student(images), labels)
-                    transfer = attention(s_taps.features, t_taps.features)  # bf16 in, fp32 out
+                    attention = transfer()  # fp32, of maps that were summed in fp32
                 optimizer.zero_grad()
-                (cross_entropy + transfer).backward()
+                (cross_entropy + attention).backward()
                 optimizer.step()
-                history.append(transfer.detach())
+                history.append(attention.detach())
     return torch.stack(history).tolist()
 
 

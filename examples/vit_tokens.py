@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 
@@ -22,13 +22,9 @@ import at_fused
 
 
 def middle_and_last(model: VisionTransformer) -> list[str]:
-    depth = len(model.blocks)
-    return [f"blocks.{depth // 2 - 1}", f"blocks.{depth - 1}"]
-
-
-def patch_tokens(model: VisionTransformer, taps: at_fused.FeatureTaps) -> list[Tensor]:
-    """Without the class token; slices are views, nothing is copied."""
-    return [tokens[:, model.num_prefix_tokens :] for tokens in taps.features]
+    """Two blocks' tokens without the class token: a slice is a view, nothing is copied."""
+    depth, prefix = len(model.blocks), model.num_prefix_tokens
+    return [f"blocks.{depth // 2 - 1}[:, {prefix}:]", f"blocks.{depth - 1}[:, {prefix}:]"]
 
 
 def distill(student: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: int = 1) -> list[float]:
@@ -36,23 +32,21 @@ def distill(student: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student.to(device).train()
     teacher.to(device).eval()
-    attention = at_fused.AttentionLoss(p=2, beta=1000, channel_dim=-1)
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-4, weight_decay=0.05)
-    s_taps = at_fused.FeatureTaps(student, middle_and_last(student))
-    t_taps = at_fused.FeatureTaps(teacher, middle_and_last(teacher))
+    names = middle_and_last(student), middle_and_last(teacher)
     history = []
-    with s_taps, t_taps:
+    with at_fused.AttentionTransfer(student, teacher, *names, beta=1000, channel_dim=-1) as transfer:
         for _ in range(epochs):
             for images, labels in loader:
                 images, labels = images.to(device), labels.to(device)
                 with torch.no_grad():
                     teacher(images)
                 cross_entropy = F.cross_entropy(student(images), labels)
-                transfer = attention(patch_tokens(student, s_taps), patch_tokens(teacher, t_taps))
+                attention = transfer()
                 optimizer.zero_grad()
-                (cross_entropy + transfer).backward()
+                (cross_entropy + attention).backward()
                 optimizer.step()
-                history.append(transfer.detach())
+                history.append(attention.detach())
     return torch.stack(history).tolist()
 
 
