@@ -18,7 +18,7 @@ from runs import picture
 from at_fused.visualize import images, pictures
 from models import torchvision_compat  # noqa: F401  (before torchvision)
 from trainer.data import folders
-from trainer.data.files import Files
+from trainer.data.files import Files, read_folders
 
 # isort: split
 from torchvision.datasets import ImageFolder
@@ -192,7 +192,7 @@ def test_order_and_labels_are_torchvisions(tmp_path: Path) -> None:
         make_tree(tmp_path / "images" / split, *names, "C/a.webp", "C/b.pgm", "C/b.tif")
     (tmp_path / "images/train/a b/linked").symlink_to(tmp_path / "images/train/C")
     shutil.copytree(tmp_path / "images/train/b/sub", tmp_path / "images/train/C/a/b")
-    found = folders.read_folders(tmp_path / "images")
+    found = read_folders(tmp_path / "images")
     reference = ImageFolder(tmp_path / "images/train")
     assert found.train.paths == [path for path, _ in reference.samples]
     assert found.train.labels.tolist() == reference.targets

@@ -302,7 +302,7 @@ def test_the_teacher_is_fixed(
     for step in (0, 1):
         run = engine.Run(make_config(SMALL | keys), Ranks(0, 1, CPU))
         assert run.progress.step == step
-        guide = run.teacher.model  # type: ignore[union-attr]
+        guide = run.teacher
         modes: list[bool] = []
         guide.bn.register_forward_hook(lambda bn, *_, modes=modes: modes.append(bn.training))
         assert run.train() == 143
@@ -580,7 +580,7 @@ def test_wrong_teacher_checkpoints(teacher: Path, tmp_path: Path, capsys: pytest
     check_refusal(run(tmp_path / "new", **keys), capsys, "not fit wrn-16-2", "missing: group1.1.bn1.bias")
     keys = {"method": "at", "teacher": "wrn-10-2", "teacher_checkpoint": teacher / "model.pt"}
     check_refusal(
-        run(tmp_path / "new", **keys, taps="group1,group7"), capsys, "taps group1,group7, of teacher wrn-10-2"
+        run(tmp_path / "new", **keys, taps="group1,group7"), capsys, "taps group1,group7, of student wrn-10-1"
     )
     assert not (tmp_path / "new").exists()
     keys["teacher_checkpoint"] = teacher / "checkpoint.pt"  # a whole checkpoint serves as well
