@@ -46,6 +46,7 @@ def test_both_do_the_same_work(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
     terms: list[int] = []
     steps: list[torch.optim.Optimizer] = []
     forward, term = WideResNet.forward, at_fused.AttentionLoss.forward
+    transfer = at_fused.AttentionTransfer.__call__
 
     def counted(model: WideResNet, images: Tensor) -> Tensor:
         passes.append(len(images))
@@ -59,8 +60,14 @@ def test_both_do_the_same_work(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
         terms.append(len(students))
         return term(module, students, teachers)
 
+    def counted_transfer(module: at_fused.AttentionTransfer) -> Tensor:
+        value = transfer(module)
+        terms.append(len(module.losses))
+        return value
+
     monkeypatch.setattr(WideResNet, "forward", counted)
     monkeypatch.setattr(at_fused.AttentionLoss, "forward", counted_term)
+    monkeypatch.setattr(at_fused.AttentionTransfer, "__call__", counted_transfer)
     contending = False
     with trainer_suite.contenders(case, None) as (both, waits):
         contending = True
