@@ -701,4 +701,7 @@ def test_measures_a_step_with_an_untrained_teacher(
         "x/seed0", make_config(job.config.model_dump(by_alias=True) | {"freeze": ["nothing"]}), job.teacher
     )
     assert reproduce.jobs.measure(broken) is None
-    assert "can't measure x/seed0: train.py: error: freeze: wrn-10-1 has no module" in capsys.readouterr().err
+    assert (
+        "can't measure x/seed0: train.py: error: freeze nothing: wrn-10-1 has no such"
+        in capsys.readouterr().err
+    )
