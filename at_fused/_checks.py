@@ -132,23 +132,29 @@ def described(value: object, *, dtype: bool = False) -> str:
 
 def _mismatch(student: Tensor, teacher: Tensor, resize: str) -> str | None:
     """What keeps two (B, C, *spatial) features from forming a pair."""
+    if student.device != teacher.device:
+        return f"are on different devices, {student.device} and {teacher.device}"
     if student.shape[0] != teacher.shape[0]:
         return "differ in batch size"
-    return map_mismatch(student[:, 0], teacher[:, 0], resize)
+    return _space_mismatch(student.shape[2:], teacher.shape[2:], resize)
 
 
 def map_mismatch(student: Tensor, teacher: Tensor, resize: str) -> str | None:
     """What keeps two (B, *spatial) maps of one batch size from being compared."""
     if student.device != teacher.device:
         return f"are on different devices, {student.device} and {teacher.device}"
-    if student.ndim != teacher.ndim:
+    return _space_mismatch(student.shape[1:], teacher.shape[1:], resize)
+
+
+def _space_mismatch(student: torch.Size, teacher: torch.Size, resize: str) -> str | None:
+    if len(student) != len(teacher):
         return "differ in the number of spatial dimensions"
-    if student.shape[1:] != teacher.shape[1:]:
+    if student != teacher:
         if resize == "error":
             return 'differ in spatial size (resize="error")'
-        if 0 in student.shape[1:] or 0 in teacher.shape[1:]:
+        if 0 in student or 0 in teacher:
             return "differ in spatial size, and one is empty"
-        if student.ndim > 4:
+        if len(student) > 3:
             return "differ in spatial size, and maps of more than 3 dimensions can't be resized"
     return None
 

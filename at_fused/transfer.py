@@ -324,9 +324,7 @@ class _TakeMap:
         if error := feature_error(feature, dim):
             kind, text = error
             raise kind(f"tap {selector.name!r}: the feature {described(feature)} {text}")
-        if (
-            torch.compiler.is_compiling()
-        ):  # which joins the plain formula to the kernel that makes the feature
+        if torch.compiler.is_compiling():  # the compiler joins the plain formula to the feature's kernel
             return _Map(reference.attention_map(channels_second(feature, dim), p, mapping), None, 0), None
         warn_if_channels_last(feature, dim, f"tap {selector.name!r}")
         second = channels_second(feature, dim)
