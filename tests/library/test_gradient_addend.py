@@ -27,9 +27,8 @@ def exact_gradient(feat: Tensor, grad_map: Tensor, p: float, mapping: str) -> np
     return grad
 
 
-def skip_if_unsupported(backend: str, dtype: torch.dtype, p: float, mapping: str) -> None:
-    feat = cases.feature(2, 3, 4, dtype=dtype, device=cases.device_of(backend))
-    if reason := at_fused.backends.modules[backend].unsupported([feat], p, mapping):
+def skip_if_unsupported(backend: str, feats: list[Tensor], p: float, mapping: str) -> None:
+    if reason := at_fused.backends.modules[backend].unsupported(feats, p, mapping):
         pytest.skip(f"{backend}: {reason}")
 
 
@@ -41,7 +40,6 @@ def test_sum_of_both_gradients(
     p: float, mapping: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor], backend: str
 ) -> None:
     device = cases.device_of(backend)
-    skip_if_unsupported(backend, dtype, p, mapping)
     feats, maps, addends = [], [], []
     for seed, shape in enumerate(SHAPES):
         feat = cases.feature(*shape, dtype=dtype, layout=layout, seed=seed, device=device).detach()
@@ -52,6 +50,7 @@ def test_sum_of_both_gradients(
         addends.append(
             torch.empty_like(feat).copy_(cases.feature(*shape, seed=20 + seed, device=device).detach())
         )
+    skip_if_unsupported(backend, feats, p, mapping)
     before = [addend.clone() for addend in addends]
     grads = operator(feats, maps, None, p, mapping, backend, addends)
     for i, (feat, grad_map, addend, grad) in enumerate(zip(feats, maps, before, grads, strict=True)):
@@ -68,7 +67,7 @@ def test_derivatives_of_the_sum(backend: str) -> None:
     device = cases.device_of(backend)
     feat, addend = (cases.feature(2, 3, 4, seed=s, dtype=torch.float64, device=device) for s in (0, 1))
     grad_map = cases.feature(2, 4, seed=2, dtype=torch.float64, device=device)
-    skip_if_unsupported(backend, torch.float64, 3, "sum")
+    skip_if_unsupported(backend, [feat], 3, "sum")
 
     def call(feat: Tensor, grad_map: Tensor, addend: Tensor) -> Tensor:
         return operator([feat], [grad_map], None, 3.0, "sum", backend, [addend])[0]
