@@ -1,7 +1,7 @@
-"""The operators behind the public functions: schemas, shape functions, and autograd.
+"""The operators' derivatives, and the maps and losses that the public functions take from here.
 
-All pairs go through one call. The operators are opaque to torch.compile and torch.export, and are
-served by whichever backend the caller names (`backends/`).
+One autograd.Function per operator, registered on the Autograd key: under half the overhead of
+torch.library.register_autograd. Functions take their tensors flat, since apply() does not look into lists.
 """
 
 from __future__ import annotations
@@ -14,127 +14,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, reference
-from ._outputs import empty_loss_outputs, empty_map
-
-_library = torch.library.Library("at_fused", "DEF")
-_library.define("attention_maps(Tensor[] feats, float p, str mapping, str backend) -> Tensor[]")
-_library.define(
-    "attention_maps_backward(Tensor[] feats, Tensor[] grad_maps, Tensor? scale, float p, str mapping, "
-    "str backend, Tensor[]? addends=None) -> Tensor[]"
+from ._schemas import (
+    attention_loss,
+    attention_loss_forward,
+    attention_maps,
+    attention_maps_backward,
+    library,
 )
-_library.define(
-    "attention_loss(Tensor[] students, Tensor[] teachers, float[] weights, float p, str mapping, float eps, "
-    "bool reduce, str backend) -> Tensor"
-)
-# What a backward pass needs besides: without a derivative of its own.
-_library.define(
-    "attention_loss_forward(Tensor[] students, Tensor[] teachers, float[] weights, float p, str mapping, "
-    "float eps, bool reduce, bool student_slopes, bool teacher_slopes, bool student_grads, str backend) "
-    "-> (Tensor loss, Tensor[] slopes, Tensor[] grads)"
-)
-attention_maps = torch.ops.at_fused.attention_maps.default
-attention_maps_backward = torch.ops.at_fused.attention_maps_backward.default
-attention_loss = torch.ops.at_fused.attention_loss.default
-attention_loss_forward = torch.ops.at_fused.attention_loss_forward.default
-
-
-def _backend(name: str) -> Any:
-    if name not in backends.modules:
-        raise backends.BackendError(f"no fused backend named {name!r}")
-    return backends.modules[name]
-
-
-def _attention_maps(feats: list[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
-    return _backend(backend).attention_maps(feats, p, mapping)
-
-
-def _attention_maps_backward(
-    feats: list[Tensor],
-    grad_maps: list[Tensor],
-    scale: Tensor | None,
-    p: float,
-    mapping: str,
-    backend: str,
-    addends: list[Tensor] | None = None,
-) -> list[Tensor]:
-    return _backend(backend).attention_maps_backward(feats, grad_maps, scale, p, mapping, addends or [])
-
-
-def _attention_loss_forward(
-    students: list[Tensor], teachers: list[Tensor], weights: list[float], *options: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    return _backend(options[-1]).attention_loss(students, teachers, weights, *options[:-1])
-
-
-def _attention_loss(
-    students: list[Tensor], teachers: list[Tensor], weights: list[float], *options: Any
-) -> Tensor:
-    wanted = (False, False, False)  # no slopes, no gradients
-    return _attention_loss_forward(students, teachers, weights, *options[:-1], *wanted, options[-1])[0]
-
-
-_library.impl("attention_maps", _attention_maps, "CompositeExplicitAutograd")
-_library.impl("attention_maps_backward", _attention_maps_backward, "CompositeExplicitAutograd")
-_library.impl("attention_loss", _attention_loss, "CompositeExplicitAutograd")
-_library.impl("attention_loss_forward", _attention_loss_forward, "CompositeExplicitAutograd")
-
-
-# --- shapes -----------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("at_fused::attention_maps", lib=_library)
-def _fake_maps(feats: list[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
-    return [empty_map(feat) for feat in feats]
-
-
-@torch.library.register_fake("at_fused::attention_maps_backward", lib=_library)
-def _fake_maps_backward(
-    feats: list[Tensor],
-    grad_maps: list[Tensor],
-    scale: Tensor | None,
-    p: float,
-    mapping: str,
-    backend: str,
-    addends: list[Tensor] | None = None,
-) -> list[Tensor]:
-    return [torch.empty_like(feat) for feat in feats]
-
-
-@torch.library.register_fake("at_fused::attention_loss", lib=_library)
-def _fake_loss(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    weights: list[float],
-    p: float,
-    mapping: str,
-    eps: float,
-    reduce: bool,
-    backend: str,
-) -> Tensor:
-    return empty_loss_outputs(students, teachers, reduce, False, False, False)[0]
-
-
-@torch.library.register_fake("at_fused::attention_loss_forward", lib=_library)
-def _fake_loss_forward(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    weights: list[float],
-    p: float,
-    mapping: str,
-    eps: float,
-    reduce: bool,
-    student_slopes: bool,
-    teacher_slopes: bool,
-    student_grads: bool,
-    backend: str,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    return empty_loss_outputs(students, teachers, reduce, student_slopes, teacher_slopes, student_grads)
-
-
-# --- autograd ---------------------------------------------------------------------------------------
-#
-# One autograd.Function per operator, registered on the Autograd key: under half the overhead of
-# torch.library.register_autograd. Functions take their tensors flat, since apply() does not look into lists.
 
 
 def _requires_grad(*groups: Sequence[Tensor]) -> bool:
@@ -279,9 +165,9 @@ class _Loss(torch.autograd.Function):
             reduce
             and all(student_needs)
             and not any(teacher_needs)
-            and _backend(backend).single_pass()
+            and backends.named(backend).single_pass()
             and all(type(feat) is Tensor for feat in feats)  # tracing can't look at the upstream gradient
-            and _backend(backend).ahead(feats[:count], feats[count:], p)
+            and backends.named(backend).ahead(feats[:count], feats[count:], p)
         )
         wanted = (any(student_needs), any(teacher_needs), ahead)
         with torch._C._AutoDispatchBelowAutograd():
@@ -319,10 +205,10 @@ class _Loss(torch.autograd.Function):
 
             return None, None, None, *_recomputed_gradients(recompute, feats, needed, (grad,))
 
-        if reduce and type(grad) is Tensor and _backend(ctx.backend).single_pass():
+        if reduce and type(grad) is Tensor and backends.named(ctx.backend).single_pass():
             # Handed out once, and without a second reference, so that autograd need not copy them.
             ready, ctx.ready = ctx.ready, None
-            ready = _backend(ctx.backend).settle(ready, feats[:count], slopes[:count], grad, p)
+            ready = backends.named(ctx.backend).settle(ready, feats[:count], slopes[:count], grad, p)
             if ready is not None:
                 return None, None, None, *ready, *[None] * count
 
@@ -422,6 +308,6 @@ def _loss_autograd(
         return attention_loss(students, teachers, weights, *options)
 
 
-_library.impl("attention_maps", _maps_autograd, "Autograd")
-_library.impl("attention_maps_backward", _maps_backward_autograd, "Autograd")
-_library.impl("attention_loss", _loss_autograd, "Autograd")
+library.impl("attention_maps", _maps_autograd, "Autograd")
+library.impl("attention_maps_backward", _maps_backward_autograd, "Autograd")
+library.impl("attention_loss", _loss_autograd, "Autograd")

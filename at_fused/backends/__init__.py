@@ -51,6 +51,13 @@ class BackendError(ValueError, RuntimeError):
     """A backend was named that can't serve the call: a bad argument because of the machine or the inputs."""
 
 
+def named(name: str) -> ModuleType:
+    """The module of a fused backend; BackendError where there is none of that name."""
+    if name not in modules:
+        raise BackendError(f"no fused backend named {name!r}")
+    return modules[name]
+
+
 def available_backends() -> tuple[str, ...]:
     """The backends that can run on this machine, best first; "reference" is always there."""
     return _available
