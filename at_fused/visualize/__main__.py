@@ -45,7 +45,7 @@ def _tell(text: str) -> None:
 
 def _draw(args: argparse.Namespace) -> str:
     """Draw what the arguments ask for; returns a line of what was drawn, and one of the files left out."""
-    loaded = _load_networks(args)
+    loaded, random = _load_networks(args)
     images = _read_images(args, next(iter(loaded.values())))
     output.spare(args.out, images.files, "one of the images")
     if args.classes:
@@ -77,6 +77,7 @@ def _draw(args: argparse.Namespace) -> str:
         scale=args.scale,
         overlay=args.overlay,
         colours=args.colours,
+        note=random,
     )
     output.save(figure, args.out)
     count = len(images.labels)
@@ -85,8 +86,8 @@ def _draw(args: argparse.Namespace) -> str:
     return f"{line}\nleft out: {images.left_out}" if images.left_out else line
 
 
-def _load_networks(args: argparse.Namespace) -> dict[str, Network]:
-    """The networks by their titles."""
+def _load_networks(args: argparse.Namespace) -> tuple[dict[str, Network], str]:
+    """The networks by their titles, and a line that names those with random weights."""
     models, weights = args.model, args.checkpoint or ["random"]
     count = max(len(models), len(weights))
     if len(models) not in (1, count) or len(weights) not in (1, count):
@@ -101,12 +102,13 @@ def _load_networks(args: argparse.Namespace) -> dict[str, Network]:
         raise ValueError(f"--taps given {len(args.taps)} times for {count} networks")
     pairs = zip(models, weights, strict=True)
     loaded = [networks.load(name, None if file == "random" else file) for name, file in pairs]
-    random = [title for title, file in zip(titles, weights, strict=True) if file == "random"]
+    untrained = [title for title, file in zip(titles, weights, strict=True) if file == "random"]
+    random = f"random weights: {', '.join(untrained)}" if untrained else ""
     if random:
-        _tell(f"random weights: {', '.join(random)}")
+        _tell(random)
     if args.size:
         loaded = [replace(n, architecture=replace(n.architecture, size=args.size)) for n in loaded]
-    return dict(zip(titles, loaded, strict=True))
+    return dict(zip(titles, loaded, strict=True)), random
 
 
 def _titles(models: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import BAR_WIDTH, CELL, LEFT, Layout
-from .page import Page
+from .page import NORMAL, SMALL, Page, lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 Key = tuple[str, float]  # a network and an exponent
 Maps = Mapping[Key, Sequence[Tensor]]  # per group (B, h, w) fp32
 
-_SMALL, _NORMAL = 7, 8.5  # points
 _ACROSS: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center"}  # a text left of a picture
 _OPACITY = 0.6  # of a map over its image
 
@@ -54,24 +53,29 @@ def draw(pictures: Any, rows: Sequence[Row], maps: Maps, layout: Layout, style: 
             axes.imshow(pictures[row.image], cmap="gray", vmin=0, vmax=1)
             if layout.texts.labels:
                 _write_left(axes, layout.texts.labels[row.image], **_ACROSS)
+        if any(name != style.compare_to for name, _ in row.keys) and layout.texts.below:
+            bottom = top + layout.height + lines([layout.texts.below])
+            page.text(LEFT + CELL / 2, bottom, layout.texts.below, SMALL)
         for group in range(len(layout.lefts)):
             drawn = _draw_maps(page, pictures, row, group, top, maps, layout, style)
     bar_axes = page.axes(layout.bar_left, layout.bar_top, BAR_WIDTH, layout.bar_height)
     bar = page.figure.colorbar(drawn, cax=bar_axes, ticks=[0, 1])
     most = "max" if style.scale == "own" else "max of\ngroup"
-    bar.ax.set_yticklabels(["0", most], fontsize=_NORMAL)
+    bar.ax.set_yticklabels(["0", most], fontsize=NORMAL)
     if bar.solids is not None:
         bar.solids.set_alpha(1)
+    if layout.note:
+        page.text(LEFT, layout.note_bottom, layout.note, NORMAL, align="left")
     return page.figure
 
 
 def _draw_headings(page: Page, layout: Layout) -> None:
-    page.text(LEFT + CELL / 2, layout.titles_bottom, "image", _NORMAL)
+    page.text(LEFT + CELL / 2, layout.titles_bottom, "image", NORMAL)
     for group, heading in enumerate(layout.texts.headings):
         middle = layout.lefts[group] + layout.group_width / 2
-        page.text(middle, layout.headings_bottom, heading, _NORMAL + 1)
+        page.text(middle, layout.headings_bottom, heading, NORMAL + 1)
         for place, title in enumerate(layout.texts.titles):
-            page.text(layout.column(group, place) + CELL / 2, layout.titles_bottom, title, _NORMAL)
+            page.text(layout.column(group, place) + CELL / 2, layout.titles_bottom, title, NORMAL)
 
 
 def _draw_maps(
@@ -98,16 +102,16 @@ def _draw_maps(
         if group == 0 and first and name in texts.names:
             _write_left(axes, texts.names[name], **(_ACROSS if layout.flat else {"labelpad": 2}))
         if group == 0 and first and name in texts.captions:
-            axes.set_title(texts.captions[name][row.image], fontsize=_SMALL, pad=2, parse_math=False)
+            axes.set_title(texts.captions[name][row.image], fontsize=SMALL, pad=2, parse_math=False)
         if style.compare_to not in (None, name):
             reference = maps[str(style.compare_to), exponent][group][row.image]
             similarity = _similarity(maps[key][group][row.image], reference)
-            axes.set_xlabel(f"{similarity:.2f}", fontsize=_SMALL, labelpad=1)
+            axes.set_xlabel(f"{similarity:.2f}", fontsize=SMALL, labelpad=1)
     return drawn
 
 
 def _write_left(axes: Axes, text: str, **how: Any) -> None:
-    axes.set_ylabel(text, **how, fontsize=_NORMAL, parse_math=False)
+    axes.set_ylabel(text, **how, fontsize=NORMAL, parse_math=False)
 
 
 def _grey(picture: Any) -> Any:

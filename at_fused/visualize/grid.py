@@ -34,6 +34,7 @@ def attention_grid(
     scale: str = "own",
     overlay: bool = False,
     colours: str = "viridis",
+    note: str = "",
 ) -> Figure:
     """The images, and for each group of features the attention maps of every network.
 
@@ -64,6 +65,7 @@ def attention_grid(
             the loss does, and gives those of one image and group one scale: it shows whose are more focused.
         overlay: lay the maps over the image in grey.
         colours: name of a matplotlib colour map.
+        note: a text below the grid, such as where the weights come from.
 
     Maps are enlarged to the image (bilinear). Their absolute size means nothing: the loss normalises it away.
 
@@ -108,8 +110,10 @@ def attention_grid(
         labels=labels or (),
         names={name: name for name in networks} if several else {},
         captions=captions,
+        below="" if compare_to is None else f"cosine to {compare_to}",
+        note=note,
     )
-    layout = Layout(height / width, len(rows), texts, compared=compare_to is not None)
+    layout = Layout(height / width, len(rows), texts)
     return draw(pictures, rows, maps, layout, Style(compare_to, scale, overlay, colours))
 
 

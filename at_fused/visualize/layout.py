@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .page import LINE, lines, wrapped
+from .page import LINE, SMALL, lines, wrapped
 
 CELL = 1.2  # width of a picture
 LEFT = 1.0  # margin, where the images' labels are
@@ -25,15 +25,17 @@ class Texts:
     labels: Sequence[str]  # of the images, if any
     names: dict[str, str]  # of the networks, where each has rows of its own
     captions: Mapping[str, Sequence[str]]  # of the images, by network
+    below: str = ""  # what the numbers below the maps are, if there are any
+    note: str = ""  # below all
 
 
 class Layout:
     """Places and sizes, and the texts broken into lines that fit.
 
-    `aspect` is height by width of a picture; with `compared` there is a line below each row.
+    `aspect` is height by width of a picture.
     """
 
-    def __init__(self, aspect: float, rows: int, texts: Texts, compared: bool) -> None:
+    def __init__(self, aspect: float, rows: int, texts: Texts) -> None:
         columns, groups = len(texts.titles), len(texts.headings)
         self.height = CELL * aspect
         self.flat = self.height < _FLAT
@@ -49,13 +51,17 @@ class Layout:
         self.titles_bottom = self.headings_bottom + lines(texts.titles) + 0.2 * LINE
         above = lines(text for texts in texts.captions.values() for text in texts)
         room = max(self.height, lines(texts.labels), lines(texts.names.values()) if self.flat else 0)
-        pitch = above + room + (LINE if compared else 0) + _GAP
+        pitch = above + room + (lines([texts.below]) if texts.below else 0) + _GAP
         first = self.titles_bottom + above
         self.tops = [first + row * pitch + (room - self.height) / 2 for row in range(rows)]
 
         self.bar_left, self.bar_top = self.width - _RIGHT + _BAR_LEFT, first
         self.bar_height = min(max((rows - 1) * pitch + room, _LEAST_BAR), _MOST_BAR)
         self.bottom = max(self.titles_bottom + rows * pitch, self.bar_top + self.bar_height) + _EDGE
+        self.note = wrapped(texts.note, self.width - LEFT - _EDGE)
+        self.note_bottom = self.bottom + lines([self.note])
+        if self.note:
+            self.bottom = self.note_bottom + _EDGE
 
     def column(self, group: int, place: int) -> float:
         """The left edge of a group's pictures at `place`."""
@@ -72,4 +78,6 @@ class Layout:
                 name: [wrapped(caption, CELL) for caption in captions]
                 for name, captions in texts.captions.items()
             },
+            below=wrapped(texts.below, CELL, SMALL),
+            note=texts.note,
         )

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINE = 0.14  # inches that a line of text takes
-CHARACTER = 0.08  # inches, the average at 8.5 points
+SMALL, NORMAL = 7.0, 8.5  # points
+CHARACTER = 0.08  # inches, the average at NORMAL
 
 
 def figure_class() -> type[Figure]:
@@ -44,14 +45,14 @@ class Page:
             spine.set_visible(False)
         return axes
 
-    def text(self, middle: float, bottom: float, text: str, points: float) -> None:
-        x, y = middle / self.width, 1 - (bottom - 0.2 * LINE) / self.height
-        self.figure.text(x, y, text, ha="center", va="bottom", fontsize=points, parse_math=False)
+    def text(self, x: float, bottom: float, text: str, points: float, align: str = "center") -> None:
+        place = x / self.width, 1 - (bottom - 0.2 * LINE) / self.height
+        self.figure.text(*place, text, ha=align, va="bottom", fontsize=points, parse_math=False)
 
 
-def wrapped(text: str, inches: float) -> str:
+def wrapped(text: str, inches: float, points: float = NORMAL) -> str:
     """`text` in lines of at most so many inches, broken at spaces or after `.`, `_`, `/` and `-`."""
-    wrapper = _Wrapper(max(int(inches / CHARACTER), 1))
+    wrapper = _Wrapper(max(int(inches / CHARACTER * NORMAL / points), 1))
     return "\n".join(wrapper.fill(line) for line in text.split("\n"))
 
 

@@ -226,6 +226,31 @@ def test_writes_the_similarity_below_each_map(images: Tensor, networks: Networks
         assert axes[5 * row + 2].get_xlabel() == axes[5 * row + 4].get_xlabel() == ""
 
 
+def test_says_what_the_numbers_below_the_maps_are(images: Tensor, networks: Networks) -> None:
+    """Once in each row that has such numbers, below the image."""
+    figure = attention_grid(images, networks, compare_to="teacher")
+    told = [text for text in figure.texts if text.get_text() == "cosine to teacher"]
+    cells = [drawn(figure)[0], drawn(figure)[5]]
+    for text, cell in zip(told, cells, strict=True):
+        box = cell.get_position()
+        assert box.x0 < text.get_position()[0] < box.x1
+        assert text.get_position()[1] < box.y0
+    several = attention_grid(images, networks, compare_to="teacher", p=[1, 2])
+    assert [text.get_text() for text in several.texts].count(
+        "cosine to teacher"
+    ) == 2  # not in the teacher's rows
+    assert not any("cosine" in text.get_text() for text in attention_grid(images, networks).texts)
+
+
+def test_a_note_stands_below_everything(images: Tensor, networks: Networks) -> None:
+    note = "random weights: " + ", ".join(["a-network-with-a-long-name"] * 9)
+    figure = attention_grid(images, networks, compare_to="teacher", note=note)
+    (text,) = [text for text in figure.texts if text.get_text().startswith("random weights")]
+    assert text.get_text().replace("\n", " ").replace("- ", "-") == note
+    assert text.get_position()[1] < min(cell.get_position().y0 for cell in figure.axes)
+    assert_apart(figure)
+
+
 def test_equal_networks_are_alike(images: Tensor, networks: Networks) -> None:
     same = {"one": networks["student"], "other": [3 * feature for feature in networks["student"]]}
     axes = drawn(attention_grid(images, same, compare_to="other"))

@@ -179,6 +179,7 @@ def test_test_images_of_a_data_set(drawing: Any, capsys: pytest.CaptureFixture[s
     torch.manual_seed(0)
     seen = drawing(*words, "--gradient", "--predictions", "--compare-to", "wrn-16-1", "--p", 1, "--overlay")
     assert "random weights: wrn-10-1, wrn-16-1" in capsys.readouterr().err
+    assert "random weights: wrn-10-1, wrn-16-1" in [text.get_text() for text in seen["figure"].texts]
     test = data.load(make_config({"student": "-", "dataset": "digits"}), torch.device("cpu")).test
     torch.testing.assert_close(
         seen["images"], test.images[[5, 3]].permute(0, 3, 1, 2) / 255, atol=1e-6, rtol=0
@@ -232,7 +233,9 @@ def test_predictions_are_named(drawing: Any, folder: Path, weights: Path, tmp_pa
     assert seen["captions"]["wrn-10-1"] == [
         ["zero", "one", "two", "three", "four"][guess] for guess in guesses
     ]
-    assert drawing(*words)["captions"]["wrn-10-1"] == [f"class {guess}" for guess in guesses]
+    seen = drawing(*words)
+    assert seen["captions"]["wrn-10-1"] == [f"class {guess}" for guess in guesses]
+    assert not any("random" in text.get_text() for text in seen["figure"].texts)
     assert networks.categories(1000)[283] == "Persian cat"  # type: ignore[index]
 
 
