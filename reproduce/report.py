@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from reproduce.curves import curves
 from reproduce.tables import BASELINE, TABLES, TEACHER, Cell, Job, Plan, told
 from trainer.checkpoint import write_atomically
 
@@ -135,51 +134,3 @@ def _change(entry: Entry, base: Entry, key: str) -> str:
     if alone or entry[key] is None or base.get(key) is None:
         return ""
     return f"{entry[key] - base[key]:+.2f}".replace("-", "−")
-
-
-# --- the curves -----------------------------------------------------------------------------------------
-
-
-def curves(result: Entry) -> bytes:
-    """Figure 7 as PNG: errors (top-1; the paper's (a) has the top-5 one) against the epoch, test solid and
-    training dashed, medians over seeds.
-
-    A panel per row of the table; the teacher's last test error is a dotted line.
-    """
-    from matplotlib.figure import Figure  # seconds to import: only those who plot pay
-    from matplotlib.ticker import MaxNLocator
-
-    rows = list(dict.fromkeys(entry["row"] for entry in result["cells"] if entry["runs"]))
-    figure = Figure(figsize=(6.5 * min(len(rows), 2), 4.4 * -(-len(rows) // 2)), layout="constrained")
-    panels = figure.subplots(-(-len(rows) // 2), min(len(rows), 2), squeeze=False).flat
-    for axes, row in zip(panels, rows, strict=False):
-        entries = [entry for entry in result["cells"] if entry["row"] == row and entry["runs"]]
-        top = 0.0
-        for number, entry in enumerate(entries):
-            colour = f"C{number}"
-            label = f"{entry['label']}: {entry['median_last']:.2f} %"
-            if entry["column"].endswith(TEACHER):
-                axes.axhline(entry["median_last"], color="0.5", linestyle=":", label=label)
-                continue
-            test, train = (_medians(entry["runs"], key) for key in ("test_error", "train_error"))
-            epochs = range(1, len(test) + 1)
-            axes.plot(epochs, test, color=colour, linewidth=2, label=label)
-            axes.plot(epochs, train, color=colour, linewidth=1, linestyle="--", alpha=0.8)
-            top = max(top, *test[len(test) // 4 :], *train[len(train) // 4 :])
-        axes.set(title=entries[0]["pair"], xlabel="epoch", ylabel="error, %", ylim=(0, 1.1 * top or None))
-        legend = axes.legend(fontsize=9, title="test error (dashed: training)", title_fontsize=9)
-        legend.get_frame().set(edgecolor="none", alpha=0.9)  # curves pass behind it
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels:  # an odd number of rows leaves one
-        axes.set_visible(False)
-    figure.suptitle(f"{result['title']}\nschedule {result['schedule']}", fontsize=11)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
-
-
-def _medians(runs: Sequence[Entry], key: str) -> list[float]:
-    """Epoch by epoch, the median over runs, as far as all of them go (max-steps may differ)."""
-    return [median(values) for values in zip(*(run[key] for run in runs), strict=False)]

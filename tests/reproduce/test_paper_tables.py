@@ -382,6 +382,44 @@ def test_curves_are_medians_over_seeds(tmp_path: Path, monkeypatch: pytest.Monke
     ]
 
 
+def test_long_runs_have_a_panel_of_their_last_quarter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the same colours, with the teacher in sight; drawn from a committed TABLE.json."""
+    from matplotlib.colors import to_hex
+    from matplotlib.figure import Figure
+
+    from reproduce import curves
+
+    drawn = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), savefig(self, *a, **k)))
+    picture = tmp_path / "curves.png"
+    assert curves.main([str(ROOT / "benchmarks/results/cifar10-12-epochs/table2.json"), str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    whole, quarter = drawn[0].axes
+    assert quarter.get_title() == "the last quarter"
+    for line, last in zip(whole.lines, quarter.lines, strict=True):
+        assert (line.get_label(), line.get_color()) == (last.get_label(), last.get_color())
+        if line.get_linestyle() == ":":
+            low, high = quarter.get_ylim()
+            assert low < last.get_ydata()[0] < high
+            continue
+        assert list(last.get_xdata()) == [10, 11, 12]
+        assert list(last.get_ydata()) == list(line.get_ydata())[9:]
+    solid = [line for line in whole.lines if line.get_linestyle() == "-"]
+    assert len({to_hex(line.get_color()) for line in solid}) == len(solid) == 5
+
+
+def test_every_column_has_a_colour_of_its_own() -> None:
+    from reproduce.curves import COLOURS
+
+    for table in tables.TABLES.values():
+        for row in table["rows"].values():
+            columns = [column for column in row if not column.endswith("teacher")]
+            assert len({COLOURS[column] for column in columns}) == len(columns)
+
+
 def test_another_run_is_not_taken_for_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finish(plan(tmp_path).jobs[1], 13.0)
     words = ["table1", "--schedule", "short", "--data-dir", "d", "--out", str(tmp_path), "--epochs", "9"]
