@@ -49,10 +49,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="keep the cells in --out, measure the others (loss, memory, scaling)",
     )
-    loss = parser.add_argument_group("suites loss, memory and scaling; defaults are the device's own")
+    loss = parser.add_argument_group("suites loss, memory, scaling and step; defaults are the device's own")
     loss.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), help="(cpu: two; cuda: all)")
     loss.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
-    loss.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="(cpu: fp32 bf16; cuda: bf16)")
+    loss.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="(cpu: fp32 bf16; cuda, step: bf16)")
     loss.add_argument("--p", nargs="+", type=int, choices=POWERS, default=[2], help="exponents (2)")
     loss.add_argument("--modes", nargs="+", choices=MODES, help="(cpu: both; cuda: all)")
     loss.add_argument("--timings", nargs="+", choices=("eager", "graph"), help="(cpu: eager; cuda: both)")
@@ -201,12 +201,14 @@ def run_step(options: argparse.Namespace, device: torch.device) -> str:
     from benchmarks.suites import step_probe
 
     setting = step_probe.SETTINGS[device.type]
-    batch = options.batch or setting.batch
+    batch, dtype = options.batch or setting.batch, (options.dtypes or ["bf16"])[0]
+    if dtype not in ("bf16", "fp32"):
+        raise ValueError(f"--suite step takes --dtypes bf16 or fp32, not {dtype}")
     processes = 1 if options.quick else step_suite.PROCESSES
     print(f"step: {processes} processes of {options.rounds} rounds at batch {batch}", flush=True)
-    rows = step_suite.measure(batch, device, options.rounds, processes)
+    rows = step_suite.measure(batch, device, options.rounds, processes, dtype)
     machine = report.describe_machine(device)
-    title = f"Training step {setting.student} ← {setting.teacher}, batch {batch}, bf16, channels_last"
+    title = f"Training step {setting.student} ← {setting.teacher}, batch {batch}, {dtype}, channels_last"
     page = report.markdown(title, machine, step_suite.tables(rows))
     report.write(options.out, f"step-{device.type}", page, rows, {"machine": machine})
     return page

@@ -1,4 +1,4 @@
-"""Suite "step": what attention transfer adds to a whole training step in bf16, channels_last."""
+"""Suite "step": what attention transfer adds to a whole training step, channels_last."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from benchmarks.suites import step_probe
 PROCESSES = 4
 
 
-def measure(batch: int, device: torch.device, rounds: int, processes: int = PROCESSES) -> list[Row]:
+def measure(
+    batch: int, device: torch.device, rounds: int, processes: int = PROCESSES, dtype: str = "bf16"
+) -> list[Row]:
     """One row per mode and step: medians over processes of each one's median, and their range.
 
     The cost is that over the step without AT of the same mode, round by round within a process.
     """
-    found = [step_probe.in_a_process(batch, device, rounds) for _ in range(processes)]
+    found = [step_probe.in_a_process(batch, device, rounds, dtype) for _ in range(processes)]
     return [summary(measured, batch, rounds) for measured in zip(*found, strict=True)]
 
 

@@ -1,6 +1,6 @@
-"""One process of suite "step": whole training steps in bf16, channels_last, which take turns.
+"""One process of suite "step": whole training steps, channels_last, which take turns.
 
-python -m benchmarks.suites.step_probe DEVICE BATCH ROUNDS    # prints what it measured as one line of JSON
+python -m benchmarks.suites.step_probe DEVICE DTYPE BATCH ROUNDS THREADS    # prints a line of JSON
 """
 
 from __future__ import annotations
@@ -81,9 +81,12 @@ TERMS: dict[str, Callable[[TappedModel, TappedModel], Term] | None] = {
 MODES = ("eager", "compiled")
 
 
-def training_step(name: str, mode: str, batch: int, device: torch.device) -> Callable[[], None]:
+def training_step(
+    name: str, mode: str, batch: int, device: torch.device, dtype: str = "bf16"
+) -> Callable[[], None]:
     """A function that trains a student of its own by one step on one fixed random batch.
 
+    It runs under autocast but for fp32.
     Compiled, student, teacher and loss are one graph, which returns the teacher's logits: else it would lose
     what only they need.
     """
@@ -100,7 +103,7 @@ def training_step(name: str, mode: str, batch: int, device: torch.device) -> Cal
 
     def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = None
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
             if name != "student alone":
                 with torch.no_grad():
                     logits = teacher(images)
@@ -122,14 +125,16 @@ def on_device(model: TappedModel, device: torch.device) -> TappedModel:
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def measure(batch: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+def measure(batch: int, device: torch.device, rounds: int, dtype: str = "bf16") -> list[dict[str, Any]]:
     """By mode and name: median milliseconds, the median over rounds of the time over that without AT, and the
     most bytes that a step holds."""
     found = []
     torch._dynamo.config.recompile_limit = 64  # the steps are one function, compiled for each
     for mode in MODES:
         torch._dynamo.reset()
-        contenders = [timing.Contender(name, training_step(name, mode, batch, device)) for name in TERMS]
+        contenders = [
+            timing.Contender(name, training_step(name, mode, batch, device, dtype)) for name in TERMS
+        ]
         times = timing.interleave(contenders, rounds, device)
         base = times["without AT"].seconds
         for contender in contenders:
@@ -147,7 +152,7 @@ def measure(batch: int, device: torch.device, rounds: int) -> list[dict[str, Any
     return found
 
 
-def in_a_process(batch: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+def in_a_process(batch: int, device: torch.device, rounds: int, dtype: str = "bf16") -> list[dict[str, Any]]:
     """`measure` in a process of its own, whose memory happens to lie elsewhere.
 
     Raises:
@@ -158,6 +163,7 @@ def in_a_process(batch: int, device: torch.device, rounds: int) -> list[dict[str
         "-m",
         "benchmarks.suites.step_probe",
         device.type,
+        dtype,
         str(batch),
         str(rounds),
         str(torch.get_num_threads()),
@@ -171,7 +177,7 @@ def in_a_process(batch: int, device: torch.device, rounds: int) -> list[dict[str
 
 
 if __name__ == "__main__":
-    device_name, *numbers = sys.argv[1:]
+    device_name, its_dtype, *numbers = sys.argv[1:]
     its_batch, its_rounds, threads = map(int, numbers)
     torch.set_num_threads(threads)
-    print(json.dumps(measure(its_batch, torch.device(device_name), its_rounds)))
+    print(json.dumps(measure(its_batch, torch.device(device_name), its_rounds, its_dtype)))

@@ -613,6 +613,11 @@ def test_quick_step_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(row["images_per_second"] == pytest.approx(2e3 / row["median_ms"]) for row in rows)
 
 
+def test_a_step_in_fp16_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--suite", "step", "--dtypes", "fp16", "--out", str(tmp_path)]) == 2
+    assert "--suite step takes --dtypes bf16 or fp32, not fp16" in capsys.readouterr().err
+
+
 def test_step_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = [{"mode": "eager", "step": "without AT", "median_ms": 2.0, "ratio": 1.0, "peak_bytes": 4}]
     done = subprocess.CompletedProcess([], 0, stdout="noise\n" + json.dumps(answer), stderr="")
@@ -628,12 +633,13 @@ def test_step_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_steps_are_medians_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter([(10.0, 1.00), (12.0, 1.06), (11.0, 1.02)])
 
-    def one(batch: int, device: torch.device, rounds: int) -> list[dict]:
+    def one(batch: int, device: torch.device, rounds: int, dtype: str) -> list[dict]:
+        assert dtype == "fp32"
         time, ratio = next(measured)
         return [{"mode": "eager", "step": "s", "median_ms": time, "ratio": ratio, "peak_bytes": 7}]
 
     monkeypatch.setattr(step_probe, "in_a_process", one)
-    (row,) = step_suite.measure(22, CPU, 5, 3)
+    (row,) = step_suite.measure(22, CPU, 5, 3, "fp32")
     assert (row["median_ms"], row["least_ms"], row["most_ms"]) == (11.0, 10.0, 12.0)
     assert row["cost_percent"] == pytest.approx(2)
     assert (row["least_cost_percent"], row["most_cost_percent"]) == (pytest.approx(0), pytest.approx(6))

@@ -142,7 +142,9 @@ def test_a_tail_smaller_than_the_ranks_is_refused(tmp_path: Path) -> None:
     done = fork_ranks(4, tmp_path / "run", limit_train=130)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
-    assert lines == ["train.py: error: batch-size 64: a batch of 2 images (of 130) cannot be shared by 4 ranks"]
+    assert lines == [
+        "train.py: error: batch-size 64: a batch of 2 images (of 130) cannot be shared by 4 ranks"
+    ]
     assert not (tmp_path / "run").exists()
 
 
