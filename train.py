@@ -27,7 +27,7 @@ def _main(argv: Sequence[str] | None) -> int:
             require_output()
             return 0
         from trainer.data.workers import WorkerDied
-        from trainer.engine import OutOfMemory, train  # slow to import, and needless for the above
+        from trainer.run import OutOfMemory, train  # slow to import, and needless for the above
         from trainer.watch import Diverged
 
         try:

@@ -113,7 +113,7 @@ def ranks(config: Config) -> Iterator[Ranks]:
 
 def data_parallel(module: nn.Module) -> DistributedDataParallel:
     """`module`, averaging its gradients over the ranks. Buffers, such as running statistics, stay each rank's
-    own: the engine sends rank 0's around once per evaluation, instead of at every step."""
+    own: an evaluation sends rank 0's around, instead of every step."""
     options: dict[str, Any] = {"gradient_as_bucket_view": True}
     # torch 2.13 warns of the old name
     new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters

@@ -26,7 +26,7 @@ class Progress:
     history: list[Metrics] = field(default_factory=list)
     partial: Metrics | None = None  # of an epoch that max-steps cut short, until it is continued
     seconds: float = 0.0  # spent in the current epoch so far
-    teacher: dict[str, float] | None = None  # its test errors, as `Run.evaluate` gives them
+    teacher: dict[str, float] | None = None  # its test errors, as `loop.evaluate` gives them
 
     @property
     def lines(self) -> list[Metrics]:

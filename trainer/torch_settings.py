@@ -1,4 +1,4 @@
-"""How PyTorch computes in this process: dtypes, threads, determinism."""
+"""How PyTorch computes in this process: dtypes, layout, threads, determinism."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from trainer.config import Config
 from trainer.distributed import Ranks
@@ -34,6 +35,23 @@ def set_up_torch(config: Config, ranks: Ranks) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for debugging
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """Around the networks' passes."""
+    dtype = AMP_DTYPES.get(config.amp)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def in_layout(config: Config, images: Tensor) -> Tensor:
+    """`images`, which a data set has in channels-last memory, in that of the run."""
+    return images if config.channels_last else images.contiguous()
+
+
+def new_pass(config: Config) -> None:
+    """Let CUDA graphs write over what they gave before: it has been used."""
+    if config.cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 def fill_momentum(optimizer: torch.optim.Optimizer) -> None:

@@ -20,10 +20,12 @@ from benchmarks.measure import timing
 from benchmarks.report import Row, Table
 from benchmarks.suites import bare_loop
 from models import TappedModel
-from trainer import distributed, engine
+from trainer import distributed, loop
 from trainer.config import Config, make_config
 from trainer.data.in_memory import ImageSet
 from trainer.data.sampling import stratified
+from trainer.run import Run
+from trainer.torch_settings import set_up_torch
 
 CPU = torch.device("cpu")
 FOLDER = "imagefolder"
@@ -108,19 +110,6 @@ def cases(cifar: Path | None, folder: Path | None, device: torch.device = CPU) -
     return found
 
 
-class Epochs(engine.Run):
-    """train.py's own loop; what it does once per epoch, evaluation and checkpoint, is left out."""
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return {"test_error": 0.0}
-
-    def _save(self, *, keep_latest: bool = True) -> None:
-        pass
-
-    def _write_metrics(self) -> None:
-        pass
-
-
 class Waits:
     """The batches of a loop, and how many seconds it has waited for them in all."""
 
@@ -151,8 +140,8 @@ def contenders(
     with tempfile.TemporaryDirectory() as scratch:
         config = case.config(data_dir, Path(scratch), device)
         with distributed.ranks(config) as ranks, closing(distributed.StopRequest(ranks)) as stop:
-            engine.set_up_torch(config, ranks)
-            run = Epochs(config, ranks)
+            set_up_torch(config, ranks)
+            run = Run(config, ranks)
             run.last_step = case.steps
             run.reporter.console.quiet = True
             waits = Waits(bare_batches(case, run, config))
@@ -160,12 +149,13 @@ def contenders(
 
             def train() -> None:
                 run.progress.step = 0
-                run._train_epoch(stop)
+                loop.train_steps(run, stop, time.perf_counter())
+                run.watch.wait()
 
             yield [timing.Contender("train.py", train), timing.Contender("bare loop", bare)], waits
 
 
-def bare_models(case: Case, run: Epochs) -> tuple[TappedModel, TappedModel | None]:
+def bare_models(case: Case, run: Run) -> tuple[TappedModel, TappedModel | None]:
     """The same architectures with weights of their own."""
 
     def create(name: str) -> TappedModel:
@@ -176,7 +166,7 @@ def bare_models(case: Case, run: Epochs) -> tuple[TappedModel, TappedModel | Non
     return create(case.student), teacher
 
 
-def bare_batches(case: Case, run: Epochs, config: Config) -> bare_loop.Batches:
+def bare_batches(case: Case, run: Run, config: Config) -> bare_loop.Batches:
     """The same images, as many to a batch, by other code."""
     dataset = run.dataset
     if isinstance(dataset, ImageSet):

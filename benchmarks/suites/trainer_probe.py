@@ -59,7 +59,8 @@ def _child(what: str, flags: Sequence[str], environment: Mapping[str, str] | Non
 def main(argv: Sequence[str]) -> int:
     what, *flags = argv
     import train
-    from trainer import data, engine
+    from trainer import data, loop
+    from trainer.run import Run
 
     told: dict[str, float] = {"imported": time.time()}
 
@@ -73,9 +74,9 @@ def main(argv: Sequence[str]) -> int:
 
         return call
 
-    step = timed("first step", engine.Run._train_step)
+    step = timed("first step", loop.train_step)
 
-    def stop_after_steps(run: engine.Run, *args: Any) -> None:
+    def stop_after_steps(run: Run, *args: Any) -> None:
         if EAGER in flags:
             _use_eager_form(run)
         if what == "memory" and run.progress.step == 0:
@@ -85,10 +86,9 @@ def main(argv: Sequence[str]) -> int:
         if what == "start-up" or run.progress.step == 2:
             raise Enough
 
-    patched: Any = engine.Run
-    patched._train_step = stop_after_steps
-    patched.evaluate = timed("teacher's test error", engine.Run.evaluate)
-    patched._create_models = timed("models", engine.Run._create_models)
+    loop.train_step = stop_after_steps
+    loop.evaluate = timed("teacher's test error", loop.evaluate)
+    Run._create_models = timed("models", Run._create_models)  # type: ignore[method-assign]
     data.load = timed("data", data.load)
     try:
         return train.main([flag for flag in flags if flag != EAGER]) or 1  # the steps ran out: no figure

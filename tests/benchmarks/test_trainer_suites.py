@@ -131,7 +131,7 @@ def test_both_read_the_same_files(tmp_path: Path) -> None:
     case = Case("files", "imagefolder", "wrn-10-1", batch=4, images=9, size=16)
     config = case.config(make_folders(tmp_path), tmp_path)
     with trainer_suite.distributed.ranks(config) as ranks:
-        dataset = trainer_suite.Epochs(config, ranks)
+        dataset = trainer_suite.Run(config, ranks)
         batches = trainer_suite.bare_batches(case, dataset, config)
     files = batches.loader.dataset  # type: ignore[attr-defined]
     paths = [files.dataset.samples[i][0] for i in files.indices]

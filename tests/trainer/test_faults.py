@@ -22,9 +22,10 @@ from runs import SMALL, code_of, dashed, flags, in_a_child, make_folders, metric
 from torch.utils.tensorboard import SummaryWriter
 
 import train
-from trainer import checkpoint, distributed, engine
+from trainer import checkpoint, distributed
 from trainer.data import in_memory
 from trainer.errors import ConfigError, RankError
+from trainer.run import Run
 
 KEYS = {**SMALL, "device": "cpu", "epochs": 2, "checkpoint-every": 1}  # 8 steps
 
@@ -365,7 +366,7 @@ def test_interrupted_outside_the_steps(tmp_path: Path, monkeypatch: pytest.Monke
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.Run, "train", interrupt)
+    monkeypatch.setattr(Run, "train", interrupt)
     assert run(tmp_path / "run") == 130
     assert capsys.readouterr().err == "train.py: error: interrupted\n"
 
@@ -379,7 +380,7 @@ def test_one_rank_speaks_for_all_but_of_its_own(
 
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(engine, "train", fail)
+    monkeypatch.setattr("trainer.run.train", fail)
     assert run(tmp_path / "run") == 2
     assert capsys.readouterr().err == ("train.py: error: wrong\n" if speaks else "")
 
@@ -565,7 +566,7 @@ def test_other_ends_of_data_workers(
     def fail(*arguments: Any) -> None:
         raise RuntimeError(message)
 
-    monkeypatch.setattr(engine, "_run", fail)
+    monkeypatch.setattr(Run, "train", fail)
     if told is None:
         with pytest.raises(RuntimeError, match="gradient computation"):
             run(tmp_path / "run")

@@ -60,10 +60,10 @@ def fatal(target: str, call: int) -> None:
 @pytest.mark.parametrize(
     "target, call",
     [
-        ("trainer.engine.Run.evaluate", 1),  # the teacher's, before anything is written
-        ("trainer.engine.Run._backward", 7),
+        ("trainer.loop.evaluate", 1),  # the teacher's, before anything is written
+        ("trainer.loop.backward", 7),
         ("torch.optim.SGD.step", 5),
-        ("trainer.engine.Run.evaluate", 3),
+        ("trainer.loop.evaluate", 3),
         ("trainer.checkpoint.save", 1),
         ("trainer.checkpoint.save", 4),
         ("os.fsync", 4),  # before a checkpoint's bytes are safe

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 import models
 import train
 from at_fused import _hooks
-from trainer import data, engine
+from trainer import data, loop
 from trainer.config import Config, make_config
 from trainer.data import in_memory
 from trainer.distributed import Ranks
 from trainer.methods import METHODS as TABLE
 from trainer.objectives import objective
+from trainer.run import Run
 
 METHODS = ("hints", "grad-at", "symmetry", "min-l2")
 
@@ -95,7 +96,7 @@ def test_training_step_against_a_plain_loop(method: str, teacher: Path, tmp_path
     keys = SMALL | {"epochs": 2, "lr-schedule": "constant", "lr": 0.01, "output-dir": str(tmp_path)}
     keys |= {key.replace("_", "-"): str(value) for key, value in keys_of(method, teacher).items()}
     keys |= {"beta": 3, "beta-schedule": "linear", "output-weight": 0.25, "weight-decay": 0.1}
-    ours = engine.Run(make_config(keys), Ranks(0, 1, torch.device("cpu")))
+    ours = Run(make_config(keys), Ranks(0, 1, torch.device("cpu")))
     plain: Any = models.create("wrn-10-1")
     plain.load_state_dict(ours.student.state_dict())
     guide = models.create("wrn-10-2").eval()
@@ -301,26 +302,26 @@ def test_passes_are_recorded_where_the_term_is_used(
         _hooks._Tap, "tap", lambda self, *args: recorded.append(self.selector.name) or tap(self, *args)
     )
     keys = dashed(keys_of(method, teacher)) | {"at-start-epoch": 1, "accumulate": 2}
-    ours = engine.Run(make_config(SMALL | keys | {"output-dir": tmp_path}), Ranks(0, 1, torch.device("cpu")))
+    ours = Run(make_config(SMALL | keys | {"output-dir": tmp_path}), Ranks(0, 1, torch.device("cpu")))
     teachers = Passes(ours.teacher)  # type: ignore[arg-type]
     (batch,) = ours.dataset.training_batches(0, 0, [slice(0, 8)])
     recorded.clear()
 
-    ours.evaluate(ours.student)
-    ours.evaluate(ours.teacher)  # type: ignore[arg-type]
+    loop.evaluate(ours, ours.student)
+    loop.evaluate(ours, ours.teacher)  # type: ignore[arg-type]
     assert not recorded
     seen, teachers.count = teachers.count, 0
     assert seen
-    ours._train_step(*batch, 8)
+    loop.train_step(ours, *batch, 8)
     always = method == "hints"  # whose regressors need a gradient in every step
     assert teachers.count == (0 if method == "at" else 2)
     assert len(recorded) == (12 if always else 0)
     recorded.clear()
     ours.progress.step = ours.steps_per_epoch
-    ours._train_step(*batch, 8)
+    loop.train_step(ours, *batch, 8)
     assert len(recorded) == 12  # three groups of two networks, in two parts
     assert ours.sums[2] > 0
-    ours.evaluate(ours.student)
+    loop.evaluate(ours, ours.student)
     with pytest.raises(RuntimeError, match="has not reached the tapped modules"):  # nothing is left behind
         ours.method.term(None, 1.0)  # type: ignore[arg-type]
 

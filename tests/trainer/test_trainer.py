@@ -25,13 +25,15 @@ from runs import SMALL, check_refusal, check_same, dashed, flags, metrics, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-from trainer import checkpoint, data, distributed, engine
+from trainer import checkpoint, data, distributed, loop
 from trainer.config import make_config
 from trainer.data import in_memory
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
+from trainer.run import Run
 from trainer.state import TrainState
 from trainer.student import Student
+from trainer.torch_settings import set_up_torch
 
 CPU = torch.device("cpu")
 
@@ -137,7 +139,7 @@ def test_summary_of_a_run_that_was_best_before_its_end(
 ) -> None:
     """And that ended after 3 of 5 epochs, of a step each."""
     errors = iter([40.0, 10.0, 25.0])
-    monkeypatch.setattr(engine.Run, "evaluate", lambda run, model: {"test_error": next(errors)})
+    monkeypatch.setattr(loop, "evaluate", lambda run, model: {"test_error": next(errors)})
     assert run(tmp_path / "run", limit_train=8, limit_test=10, epochs=5, max_steps=3, seed=6) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["last_test_error"], summary["best_test_error"]) == (25.0, 10.0)
@@ -211,7 +213,7 @@ def test_the_seed_alone_decides_the_first_weights(method: str, teacher: Path, tm
         torch.randn(3)
         keys = dashed(at_kd(teacher))
         keys |= {"method": method, "seed": seed, "output-dir": tmp_path}
-        found = engine.Run(make_config(SMALL | keys), Ranks(0, 1, CPU)).student.state_dict()
+        found = Run(make_config(SMALL | keys), Ranks(0, 1, CPU)).student.state_dict()
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -231,7 +233,7 @@ def test_training_step_against_a_plain_loop(method: str, teacher: Path, tmp_path
         "beta": 300,
         "weight-decay": 0.1,
     }
-    ours = engine.Run(make_config(keys), Ranks(0, 1, CPU))
+    ours = Run(make_config(keys), Ranks(0, 1, CPU))
     plain = models.create("wrn-10-1")
     plain.load_state_dict(ours.student.state_dict())
     guide = models.create("wrn-10-2").eval()
@@ -300,7 +302,7 @@ def test_the_teacher_is_fixed(
     keys |= {"limit-train": 24, "batch-size": 8, "limit-test": 10, "output-dir": tmp_path / "run"}
     weights = torch.load(teacher / "model.pt", weights_only=True)
     for step in (0, 1):
-        run = engine.Run(make_config(SMALL | keys), Ranks(0, 1, CPU))
+        run = Run(make_config(SMALL | keys), Ranks(0, 1, CPU))
         assert run.progress.step == step
         guide = run.teacher
         modes: list[bool] = []
@@ -321,7 +323,7 @@ def test_autocast_trains(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(engine, "computes", lambda amp, cuda: native)
+    monkeypatch.setattr(loop, "computes", lambda amp, cuda: native)
     assert run(tmp_path / "run", **at_kd(teacher), amp=amp, epochs=1, limit_train=72, limit_test=20) == 0
     assert (f"amp {amp} is slow here" in capsys.readouterr().out) == (not native)
     (line,) = metrics(tmp_path / "run")
@@ -342,7 +344,7 @@ def test_passes_are_in_the_chosen_precision_and_layout(
     """Of both networks, in training as in tests."""
     keys = dashed(at_kd(teacher))
     keys |= {"amp": amp, "channels-last": layout is torch.channels_last, "output-dir": tmp_path}
-    run = engine.Run(make_config(SMALL | keys | {"limit-test": 4}), Ranks(0, 1, CPU))
+    run = Run(make_config(SMALL | keys | {"limit-test": 4}), Ranks(0, 1, CPU))
     seen: list[tuple[torch.dtype, bool]] = []
     for network in (run.student, run.teacher):
         conv = network.group2[0].conv1  # type: ignore[union-attr]
@@ -353,16 +355,16 @@ def test_passes_are_in_the_chosen_precision_and_layout(
             )
         )
     (batch,) = run.dataset.training_batches(0, 0, [slice(0, 4)])
-    run._train_step(*batch, 4)
-    run.evaluate(run.student)
-    run.evaluate(run.teacher)  # type: ignore[arg-type]
+    loop.train_step(run, *batch, 4)
+    loop.evaluate(run, run.student)
+    loop.evaluate(run, run.teacher)  # type: ignore[arg-type]
     assert seen == [(dtype, True)] * 4
 
 
 def test_the_optimizer_is_the_chosen_one(tmp_path: Path) -> None:
     """Two steps of Nesterov's momentum by hand (Sutskever et al., 2013, as torch has it)."""
     keys = {"nesterov": True, "momentum": 0.8, "weight-decay": 0.01, "lr": 0.1, "output-dir": tmp_path}
-    run = engine.Run(make_config(SMALL | keys), Ranks(0, 1, CPU))
+    run = Run(make_config(SMALL | keys), Ranks(0, 1, CPU))
     weight = run.student.fc.weight
     expected, velocity = weight.detach().double(), torch.zeros_like(weight, dtype=torch.float64)
     for step in (1, 2):
@@ -379,11 +381,11 @@ def test_fp16_undoes_its_loss_scale(tmp_path: Path) -> None:
     """A step moves the weights about as far as in fp32; a thousand times as far if it forgot to."""
     moves = []
     for amp in ("none", "fp16"):
-        run = engine.Run(make_config(SMALL | {"amp": amp, "output-dir": tmp_path}), Ranks(0, 1, CPU))
+        run = Run(make_config(SMALL | {"amp": amp, "output-dir": tmp_path}), Ranks(0, 1, CPU))
         run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=amp == "fp16")
         before = run.student.fc.weight.detach().clone()
         (batch,) = run.dataset.training_batches(0, 0, [slice(0, 64)])
-        run._train_step(*batch, 64)
+        loop.train_step(run, *batch, 64)
         moves.append(run.student.fc.weight.detach() - before)
     assert (moves[1] - moves[0]).norm() < 0.05 * moves[0].norm()
 
@@ -391,7 +393,7 @@ def test_fp16_undoes_its_loss_scale(tmp_path: Path) -> None:
 def test_momentum_is_there_before_a_first_step_that_is_skipped(tmp_path: Path) -> None:
     """Fused SGD allocates it, and leaves it unset where fp16 overflows: zeros give the same first step."""
     config = make_config(SMALL | {"amp": "fp16", "output-dir": tmp_path / "run"})
-    run = engine.Run(config, Ranks(0, 1, CPU))
+    run = Run(config, Ranks(0, 1, CPU))
     buffers = [run.optimizer.state[p]["momentum_buffer"] for p in run.student.parameters()]
     assert all(torch.count_nonzero(buffer) == 0 for buffer in buffers)
     gradients = [torch.randn_like(p) for p in run.student.parameters()]
@@ -501,12 +503,12 @@ def test_a_step_waits_for_nothing(
     keys = dashed(at_kd(teacher)) | {"method": method, "accumulate": 2}
     keys |= {"backend": "reference"}
     config = make_config(SMALL | keys | {"output-dir": tmp_path / "run"})
-    run = engine.Run(config, Ranks(0, 1, CPU))
+    run = Run(config, Ranks(0, 1, CPU))
     monkeypatch.setattr(run.watch, "look", lambda *_: None)
     with Reads() as reads:
         (batch,) = run.dataset.training_batches(0, 0, [slice(0, 64)])
         assert reads.found == []
-        run._train_step(*batch, 64)
+        loop.train_step(run, *batch, 64)
         assert reads.found == []
         run.sums[0].item()
         assert len(reads.found) == 1
@@ -521,7 +523,7 @@ def test_cudnn_chooses_by_speed_only_where_it_may(tmp_path: Path) -> None:
 
 def test_threads_are_as_many_as_asked_for() -> None:
     for threads, expected in ((2, 2), (0, 2)):  # 0 leaves them alone
-        engine.set_up_torch(make_config(SMALL | {"threads": threads}), Ranks(0, 1, CPU))
+        set_up_torch(make_config(SMALL | {"threads": threads}), Ranks(0, 1, CPU))
         assert torch.get_num_threads() == expected
 
 
@@ -745,7 +747,7 @@ def test_the_time_between_two_attempts_does_not_count(
         steps[0] += 1
         return signal.SIGTERM * (steps[0] == 3)
 
-    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(distributed.StopRequest, "poll", poll)
     keys = {"limit_train": 32, "batch_size": 8, "limit_test": 10, "epochs": 3}
     for last_step, code in ((3, 143), (6, 0), (12, 0)):
@@ -805,7 +807,7 @@ def test_a_command_that_resumes_may_be_given_again(
 
 def test_a_run_that_was_overtaken_before_it_began(tmp_path: Path) -> None:
     """Between looking at the folder and claiming it lie the data and the models."""
-    late = engine.Run(make_config(SMALL | {"seed": 7, "output-dir": tmp_path / "run"}), Ranks(0, 1, CPU))
+    late = Run(make_config(SMALL | {"seed": 7, "output-dir": tmp_path / "run"}), Ranks(0, 1, CPU))
     assert run(tmp_path / "run") == 0
     before = fingerprint(tmp_path / "run")
     with pytest.raises(ConfigError, match="another training has just been at work there"):

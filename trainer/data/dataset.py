@@ -1,4 +1,4 @@
-"""What the engine asks of a data set, and what all of them share."""
+"""What the training asks of a data set, and what all of them share."""
 
 from __future__ import annotations
 

@@ -1,0 +1,198 @@
+"""The training loop, from the top down: epochs, steps, evaluation."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer import build, checkpoint, distributed, evaluation, reporting, run_folder, schedules
+from trainer.hardware import computes
+from trainer.objectives import objective
+from trainer.torch_settings import autocast, in_layout, new_pass
+from trainer.watch import Diverged
+
+if TYPE_CHECKING:
+    from trainer.run import Run
+
+
+def train(run: Run) -> int:
+    """Train to the run's last step and write its results; returns the process's exit code."""
+    config, progress, reporter = run.config, run.progress, run.reporter
+    _introduce(run)
+    if run.teacher is not None:
+        if progress.teacher is None:
+            progress.teacher = evaluate(run, run.teacher)
+        reporter.say(f"teacher {config.teacher}: {reporting.test_errors(progress.teacher)}")
+    if progress.step:
+        reporter.say(f"continuing from step {progress.step} of {run.last_step}")
+        if run.start.path != run.folder / checkpoint.LATEST:
+            run.save(keep_latest=False)
+        run.write_metrics()  # a line that the checkpoint does not know of belongs to a lost epoch
+    with closing(distributed.StopRequest(run.ranks)) as stop, closing(reporter):
+        ended = not progress.step % run.steps_per_epoch or progress.step == run.last_step
+        last = progress.lines[-1] if progress.lines and ended else None
+        reporter.open(run.folder, run.last_step, progress.step, last)
+        while progress.step < run.last_step:
+            signal = train_epoch(run, stop)
+            if signal and progress.step < run.last_step:
+                reporter.say(
+                    f"stopped by signal {signal} at step {progress.step}; resume auto continues here"
+                )
+                return 128 + signal
+    if run.ranks.first:
+        summary = run_folder.finish(run.folder, config, progress, run.student)
+        last_error, best = (summary[f"{which}_test_error"] for which in ("last", "best"))
+        reporter.say(f"test error: last {last_error:.2f} %, best {best:.2f} %; results in {run.folder}")
+    return 0
+
+
+def _introduce(run: Run) -> None:
+    """Report what is trained on what, and how."""
+    config, dataset = run.config, run.dataset
+    parameters = sum(parameter.numel() for parameter in run.student.parameters())
+    run.reporter.say(
+        f"{config.student} ({parameters:,} parameters) on {config.dataset}: {len(dataset.train)} "
+        f"training and {len(dataset.test)} test images of {dataset.classes} classes, "
+        f"method {config.method}, seed {config.seed}, {run.ranks.world} x {run.ranks.device.type}"
+    )
+    slow = None
+    if config.amp != "none" and not computes(config.amp, config.uses_cuda):
+        slow = f"amp {config.amp} is slow here, without instructions for it: none may be ten times as fast"
+    left_out = dataset.left_out and f"left out of data-dir: {dataset.left_out}"
+    terms = run.method.describe(min(config.batch_size, len(dataset.train)))
+    for line in (left_out, run.start.notice, slow, *terms):
+        if line:
+            run.reporter.say(line)
+
+
+def train_epoch(run: Run, stop: distributed.StopRequest) -> int:
+    """Train to the end of the epoch (or `max_steps`), evaluate and save; the number of a signal that came."""
+    config, progress = run.config, run.progress
+    progress.partial = None
+    epoch = progress.step // run.steps_per_epoch
+    begun = time.perf_counter() - progress.seconds
+    signal = train_steps(run, stop, begun)
+    if progress.step % run.steps_per_epoch and progress.step < run.last_step:
+        return signal
+    run.watch.wait()
+    sums = run.ranks.sum_(run.sums.clone()).tolist()
+    images = sums[5]
+    if not images:
+        raise Diverged(f"every step of epoch {epoch + 1} was skipped: no gradient was finite")
+    seconds = time.perf_counter() - begun
+    run.reporter.begin_test()
+    metrics = {
+        "epoch": epoch + 1,
+        "lr": schedules.learning_rate(config, progress.step - 1, run.steps_per_epoch),
+        **run.meter.metrics(sums),
+        **evaluate(run, run.forward),
+        "images_per_second": images / seconds,
+        "seconds": seconds,
+    }
+    if not all(bool(parameter.isfinite().all()) for parameter in run.student.parameters()):
+        raise Diverged(f"the weights are not finite after epoch {epoch + 1}: a lower lr may help")
+    if progress.step % run.steps_per_epoch:  # cut short by max-steps: a continuation takes it up again
+        progress.partial, progress.seconds = metrics, seconds
+    else:
+        progress.history.append(metrics)
+        progress.seconds = 0.0
+        run.sums.zero_()
+    run.save()
+    run.write_metrics()
+    run.reporter.epoch(metrics, config.epochs, progress.step)
+    return signal  # one that came with the last step: the epoch is complete, and saved
+
+
+def train_steps(run: Run, stop: distributed.StopRequest, begun: float) -> int:
+    """Train to the end of the epoch, the last step or a signal, whose number it returns; else 0.
+
+    `begun` is when the epoch has begun by `time.perf_counter`, without the time between two attempts at it.
+    """
+    config, progress = run.config, run.progress
+    epoch, first = divmod(progress.step, run.steps_per_epoch)
+    build.train_mode(run.student, config.freeze_bn)
+    run.reporter.begin_epoch(epoch + 1, config.epochs)
+    parts = [_batch(run, step) for step in range(first, run.steps_per_epoch)]
+    shares = [run.ranks.share(part.start, part.stop) for part in parts]
+    batches = run.dataset.training_batches(config.seed, epoch, shares)
+    signal = 0
+    for part, (images, labels) in zip(parts, batches, strict=True):
+        train_step(run, images, labels, part.stop - part.start)
+        progress.step += 1
+        run.reporter.step(progress.step, part.stop - part.start, run.watch.loss)
+        signal = stop.poll()
+        if progress.step % run.steps_per_epoch == 0 or progress.step == run.last_step:
+            break
+        if signal or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
+            progress.seconds = time.perf_counter() - begun
+            run.save()
+            if signal:
+                break
+    return signal
+
+
+def _batch(run: Run, step: int) -> slice:
+    """Places in the epoch of the global batch of its `step`-th step."""
+    size = run.config.batch_size
+    return slice(step * size, min((step + 1) * size, len(run.dataset.train)))
+
+
+def train_step(run: Run, images: Tensor, labels: Tensor, batch: int) -> None:
+    """One optimizer step on this rank's share of a global batch.
+
+    Nothing here waits for the device, unless skip-nonfinite has to look at the gradients first.
+    """
+    config, step = run.config, run.progress.step
+    for group in run.optimizer.param_groups:
+        group["lr"] = schedules.learning_rate(config, step, run.steps_per_epoch)
+    beta = schedules.beta(config, step, run.steps_per_epoch)
+    statistics = [b.clone() for b in run.student.buffers()] if config.skip_nonfinite else []
+    sums = torch.zeros_like(run.sums)
+    run.optimizer.zero_grad(set_to_none=True)
+    new_pass(config)
+    parts = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True))
+    for i, (some_images, some_labels) in enumerate(parts):
+        with _gradients_stay_here(run, i + 1 < len(parts)):
+            backward(run, in_layout(config, some_images), some_labels, batch, beta, sums)
+    trained = run.optimizer.param_groups[0]["params"]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if config.skip_nonfinite and not norm.isfinite():
+        run.reporter.say(f"step {step + 1}: skipped, its gradients are not finite")
+        for buffer, before in zip(run.student.buffers(), statistics, strict=True):
+            buffer.copy_(before)
+        return
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.sums += sums
+    run.watch.look(step + 1, sums[:4], norm, len(labels))
+
+
+def backward(run: Run, images: Tensor, labels: Tensor, batch: int, beta: float, sums: Tensor) -> None:
+    """Add up the gradients of some images of a global batch, and in `sums` their losses and errors."""
+    with run.method.recording(run.method.uses_term(beta)):
+        with autocast(run.config, run.ranks.device):
+            losses, logits = objective(run.method, run.forward, images, labels, beta)
+        # DDP averages gradients over ranks: weighted by its share, each gives the global batch's mean.
+        share = len(labels) * run.ranks.world / batch
+        loss = losses.total if share == 1 else losses.total * share
+        run.scaler.scale(loss).backward()
+    run.meter.add(sums, losses, logits, labels)
+
+
+def _gradients_stay_here(run: Run, stay: bool) -> AbstractContextManager[None]:
+    """Where more parts of a batch follow, gradients are not yet sent to the other ranks."""
+    if stay and isinstance(run.forward, DistributedDataParallel):
+        return run.forward.no_sync()
+    return nullcontext()
+
+
+def evaluate(run: Run, model: nn.Module) -> dict[str, float]:
+    """`evaluation.evaluate` of a network of the run, of whose passes the method takes no note."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    with run.method.recording(False):
+        return evaluation.evaluate(model, run.dataset, run.config, run.ranks)
