@@ -22,9 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-import at_fused
 from at_fused import reference
 from at_fused.visualize.paths import expand, user_path
+from trainer.checks import check
 from trainer.choices import OneOf, Told, by_value, flag_text
 from trainer.data import DATASETS
 from trainer.errors import ConfigError, did_you_mean
@@ -226,43 +226,12 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Config:
-        method = METHODS[self.method]
-        if method.needs_teacher and self.teacher is None:
-            raise ValueError(f"method {self.method} needs teacher")
-        if not (info.context and info.context["to_print"]):
-            if method.needs_teacher and self.teacher_checkpoint is None:
-                raise ValueError(f"method {self.method} needs teacher-checkpoint")
-            if DATASETS[self.dataset].needs_folder and self.data_dir is None:
-                raise ValueError(f"dataset {self.dataset} needs data-dir")
-        if self.skip_nonfinite and self.amp == "fp16":
-            raise ValueError("skip-nonfinite is not for amp fp16, whose loss scaling skips such steps itself")
         if self.amp == "auto":
-            object.__setattr__(
-                self,
-                "amp",
-                "bf16" if self.precision == "fp32" and computes("bf16", self.uses_cuda) else "none",
-            )
-        if self.precision == "fp64" and self.amp != "none":
-            raise ValueError(f"precision fp64 and amp {self.amp} contradict each other")
-        if self.cuda_graphs and not self.compile:
-            raise ValueError("cuda-graphs needs compile")
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-        if self.backend not in ("auto", *at_fused.available_backends()):
-            names = ", ".join(("auto", *at_fused.available_backends()))
-            raise ValueError(f"backend {self.backend} is not available here (there are: {names})")
+            fast = self.precision == "fp32" and computes("bf16", self.uses_cuda)
+            object.__setattr__(self, "amp", "bf16" if fast else "none")
         if self.beta_schedule is None:
-            object.__setattr__(self, "beta_schedule", method.default_schedule)
-        if self.beta_schedule == "step" and method.has_term and not self.beta_milestones:
-            raise ValueError("beta-schedule step needs beta-milestones")
-        if method.has_term and self.at_start_epoch >= self.epochs:
-            raise ValueError(
-                f"at-start-epoch {self.at_start_epoch} is beyond the last of {self.epochs} epochs"
-            )
-        for setting, reason in method.forbids.items():
-            key, _, forbidden = setting.partition(" ")
-            if flag_text(getattr(self, key.replace("-", "_"))) == (forbidden or "true"):
-                raise ValueError(f"method {self.method} cannot be combined with {setting}: {reason}")
+            object.__setattr__(self, "beta_schedule", METHODS[self.method].default_schedule)
+        check(self, paths=not (info.context and info.context["to_print"]))
         return self
 
     @property
