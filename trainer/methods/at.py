@@ -25,10 +25,9 @@ class Attention(ComparesFeatures):
         self, config: Config, student: nn.Module, teacher: nn.Module | None, example: Tensor
     ) -> None:
         super().__init__(config, student, teacher, example)
-        assert teacher is not None
         self.transfer = at_fused.AttentionTransfer(
             student,
-            teacher,
+            self.teacher,
             self.names,
             self.t_names,
             config.p,
@@ -44,7 +43,7 @@ class Attention(ComparesFeatures):
                 warnings.filterwarnings(
                     "ignore", "the maps of .* have a single position"
                 )  # `compared` says so
-                teacher.eval()(example)
+                self.teacher.eval()(example)
                 student.eval()(example)
                 self.transfer()
         except (ValueError, TypeError) as error:

@@ -25,14 +25,15 @@ class ComparesFeatures(Method):
     has_term = True
     compares_features = True
 
+    teacher: nn.Module
+
     def __init__(
         self, config: Config, student: nn.Module, teacher: nn.Module | None, example: Tensor
     ) -> None:
         super().__init__(config, student, teacher, example)
-        assert teacher is not None
-        self.names, self.t_names = tap_names(config, student, teacher)  # type: ignore[arg-type]
+        self.names, self.t_names = tap_names(config, student, self.teacher)  # type: ignore[arg-type]
         students = _features("student", student, self.names, config, example)
-        teachers = _features("teacher", teacher, self.t_names, config, example)
+        teachers = _features("teacher", self.teacher, self.t_names, config, example)
         self.shapes = [(s.shape[1:], t.shape[1:]) for s, t in zip(students, teachers, strict=True)]
 
     def error(self, reason: Exception) -> ConfigError:

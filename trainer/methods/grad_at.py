@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import at_fused
 from trainer.methods.gradients import OfGradients
@@ -15,6 +15,7 @@ class GradientAttention(OfGradients):
 
     needs_teacher = True
 
+    teacher: nn.Module
+
     def loss(self, images: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
-        assert self.teacher is not None
         return at_fused.gradient_attention_loss(self.student, self.teacher, images, targets, **options)

@@ -28,7 +28,6 @@ class Hints(ComparesFeatures):
         self, config: Config, student: nn.Module, teacher: nn.Module | None, example: Tensor
     ) -> None:
         super().__init__(config, student, teacher, example)
-        assert teacher is not None
         channels = [[shapes[side][0] for shapes in self.shapes] for side in (0, 1)]
         features = [[example.new_zeros(1, *shapes[side]) for shapes in self.shapes] for side in (0, 1)]
         try:
@@ -37,7 +36,7 @@ class Hints(ComparesFeatures):
         except (ValueError, TypeError) as error:
             raise self.error(error) from None
         self.trained = {"hints": regressors}
-        self.taps = at_fused.FeatureTaps(student, self.names), at_fused.FeatureTaps(teacher, self.t_names)
+        self.taps = at_fused.FeatureTaps(student, self.names), at_fused.FeatureTaps(self.teacher, self.t_names)
         self._losses: Tensor | None = None
 
     def recording(self, on: bool) -> AbstractContextManager[None]:

@@ -15,7 +15,8 @@ class Distillation(Method):
     distils = True
 
     def distillation(self, batch: Batch) -> Tensor | None:
-        assert batch.teacher_logits is not None
+        if batch.teacher_logits is None:
+            raise TypeError(f"method {self.config.method} needs the teacher's logits of every batch")
         config = self.config
         logits = batch.logits, batch.teacher_logits
         return at_fused.distillation_loss(*logits, batch.targets, config.temperature, config.alpha)
