@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from at_fused import _weights
 from models.importers import load_state
-from trainer.config import ConfigError
-
-LATEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+from trainer.errors import ConfigError
+from trainer.run_folder import CHECKPOINT, PREVIOUS
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -60,7 +59,7 @@ def save(path: Path, state: Any) -> None:
 def save_latest(folder: Path, state: Any, *, keep_latest: bool = True) -> None:
     """Save `state` as the latest checkpoint of the run in `folder`; what was the latest becomes the previous
     one, unless it isn't to be kept because it is damaged."""
-    latest, previous = folder / LATEST, folder / PREVIOUS
+    latest, previous = folder / CHECKPOINT, folder / PREVIOUS
     if keep_latest and latest.exists():
         temporary = previous.with_name(f".{PREVIOUS}.tmp")
         try:
@@ -86,7 +85,7 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], Path, str | None] | None:
     Raises:
         ConfigError: there are checkpoints, and none is good.
     """
-    latest, previous = folder / LATEST, folder / PREVIOUS
+    latest, previous = folder / CHECKPOINT, folder / PREVIOUS
     if not latest.exists() and not previous.exists():
         return None
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer import build, checkpoint, distributed, evaluation, reporting, run_folder, schedules
+from trainer import build, distributed, evaluation, reporting, results, run_folder, schedules
 from trainer.hardware import computes
 from trainer.objectives import objective
 from trainer.torch_settings import autocast, in_layout, new_pass
@@ -30,7 +30,7 @@ def train(run: Run) -> int:
         reporter.say(f"teacher {config.teacher}: {reporting.test_errors(progress.teacher)}")
     if progress.step:
         reporter.say(f"continuing from step {progress.step} of {run.last_step}")
-        if run.start.path != run.folder / checkpoint.LATEST:
+        if run.start.path != run.folder / run_folder.CHECKPOINT:
             run.save(keep_latest=False)
         run.write_metrics()  # a line that the checkpoint does not know of belongs to a lost epoch
     with closing(distributed.StopRequest(run.ranks)) as stop, closing(reporter):
@@ -45,7 +45,7 @@ def train(run: Run) -> int:
                 )
                 return 128 + signal
     if run.ranks.first:
-        summary = run_folder.finish(run.folder, config, progress, run.student)
+        summary = results.finish(run.folder, config, progress, run.student)
         last_error, best = (summary[f"{which}_test_error"] for which in ("last", "best"))
         reporter.say(f"test error: last {last_error:.2f} %, best {best:.2f} %; results in {run.folder}")
     return 0

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from trainer import checkpoint
+from trainer import checkpoint, run_folder
 from trainer.config import Config, flag_text
 from trainer.errors import ConfigError, checkpoint_of
 from trainer.lock import LOCK
 
-ARTEFACTS = (
-    "config.yaml",
-    checkpoint.LATEST,
-    checkpoint.PREVIOUS,
-    "metrics.jsonl",
-    "summary.json",
-    "model.pt",
-    "curves.png",
-)
-RESULTS = ("metrics.jsonl", "summary.json", "model.pt")  # written after the first checkpoint
 OTHER_FOLDER = "choose another output-dir"
 
 # Keys that may change between a run and its continuation: they do not alter what is learned.
@@ -49,18 +38,6 @@ class Start(NamedTuple):
     notice: str | None = None
 
 
-def state_of(folder: Path | None) -> list[tuple[int, int] | None]:
-    """The same as long as no file of a run in `folder` has been written."""
-    found: list[tuple[int, int] | None] = []
-    for name in ARTEFACTS:
-        try:
-            status = os.stat(f"{folder}/{name}")
-            found.append((status.st_ino, status.st_mtime_ns))
-        except OSError:
-            found.append(None)
-    return found
-
-
 def find_start(config: Config) -> Start:
     """Where the run of `config` starts, by its `output-dir` and `resume`; nothing is touched.
 
@@ -78,7 +55,7 @@ def find_start(config: Config) -> Start:
     used = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
     if config.resume == "never" and used:
         raise ConfigError(f"output-dir {folder} is not empty, and resume is never")
-    held = [name for name in ARTEFACTS if (folder / name).exists()]
+    held = [name for name in run_folder.ARTEFACTS if (folder / name).exists()]
     if held:
         _check_same_run(
             _stored_config(folder), config, f"output-dir {folder}", ["teacher-checkpoint"], OTHER_FOLDER
@@ -87,7 +64,7 @@ def find_start(config: Config) -> Start:
     if config.resume not in ("auto", "never"):
         path = Path(config.resume)
         source = path if path.is_dir() else path.parent
-        begun = (folder / checkpoint.LATEST).exists() or (folder / checkpoint.PREVIOUS).exists()
+        begun = (folder / run_folder.CHECKPOINT).exists() or (folder / run_folder.PREVIOUS).exists()
         if begun and not (source.exists() and source.samefile(folder)):
             if _stored_config(folder).get("resume") != config.resume:
                 raise ConfigError(
@@ -104,7 +81,7 @@ def find_start(config: Config) -> Start:
     if found is None:  # empty, or killed before its first checkpoint
         if source is not folder:
             raise ConfigError(f"resume {config.resume}: the folder holds no checkpoint")
-        if results := [name for name in RESULTS if name in held]:
+        if results := [name for name in run_folder.RESULTS if name in held]:
             raise ConfigError(
                 f"output-dir {folder} holds results ({', '.join(results)}), and no checkpoint to continue "
                 f"from; {OTHER_FOLDER}"
@@ -127,7 +104,7 @@ def _resumable(stored: dict[str, Any], path: Path, config: Config) -> dict[str, 
 
 def _stored_config(folder: Path) -> dict[str, Any]:
     try:
-        stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        stored = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         stored = None
     if not isinstance(stored, dict):

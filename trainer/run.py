@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import build, checkpoint, data, distributed, loop, reporting, resume, run_folder
+from trainer import build, checkpoint, data, distributed, loop, reporting, results, resume, run_folder
 from trainer.config import Config
 from trainer.data.workers import deaths_named
 from trainer.distributed import Ranks
@@ -54,7 +54,7 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.reporter = reporting.Reporter(ranks.first)
-        self.found = resume.state_of(config.output_dir)
+        self.found = run_folder.state_of(config.output_dir)
         self.start = resume.find_start(config)
         self.folder = self.start.folder
         self.dataset = data.load(config, ranks.device)
@@ -84,7 +84,7 @@ class Run:
         if config.amp == "fp16" and config.momentum:
             fill_momentum(self.optimizer)
         step, mid_epoch = self.progress.step, self.progress.step % self.steps_per_epoch
-        self.finished = (self.folder / "summary.json").exists() and step >= self.last_step
+        self.finished = (self.folder / run_folder.SUMMARY).exists() and step >= self.last_step
         told = step == self.last_step and (not mid_epoch or self.progress.partial)
         if step >= self.last_step and not (self.finished or told):
             raise ConfigError(f"max-steps {config.max_steps}: the run is at step {step} already")
@@ -125,7 +125,7 @@ class Run:
         with ExitStack() as stack:
             if self.ranks.first:
                 try:
-                    stack.enter_context(run_folder.claimed(self.folder, self.config, self.found))
+                    stack.enter_context(results.claimed(self.folder, self.config, self.found))
                 except ConfigError as error:
                     problem = str(error)
             if problem := self.ranks.gather(problem)[0]:
@@ -138,8 +138,8 @@ class Run:
             config = self.config.model_dump(mode="json", by_alias=True)
             content = {"config": config, **self.identity, **state}
             checkpoint.save_latest(self.folder, content, keep_latest=keep_latest)
-        self.watch.last_saved = f"{self.folder / checkpoint.LATEST} (step {self.progress.step})"
+        self.watch.last_saved = f"{self.folder / run_folder.CHECKPOINT} (step {self.progress.step})"
 
     def write_metrics(self) -> None:
         if self.ranks.first:
-            run_folder.write_metrics(self.folder, self.progress.lines)
+            results.write_metrics(self.folder, self.progress.lines)

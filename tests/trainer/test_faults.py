@@ -22,7 +22,7 @@ from runs import SMALL, code_of, dashed, flags, in_a_child, make_folders, metric
 from torch.utils.tensorboard import SummaryWriter
 
 import train
-from trainer import checkpoint, distributed
+from trainer import checkpoint, distributed, run_folder
 from trainer.data import in_memory
 from trainer.errors import ConfigError, RankError
 from trainer.run import Run
@@ -40,7 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert run(folder) == 0
-    assert not (folder / checkpoint.PREVIOUS).exists(), "a finished run keeps one checkpoint"
+    assert not (folder / run_folder.PREVIOUS).exists(), "a finished run keeps one checkpoint"
     return folder
 
 
@@ -51,7 +51,7 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with monkeypatch.context() as patch:
         patch.setattr(distributed.StopRequest, "poll", lambda self: signal.SIGTERM * (next(polls) == 6))
         assert run(tmp_path / "run") == 128 + signal.SIGTERM
-    for name, step in ((checkpoint.LATEST, 6), (checkpoint.PREVIOUS, 5)):
+    for name, step in ((run_folder.CHECKPOINT, 6), (run_folder.PREVIOUS, 5)):
         assert torch.load(tmp_path / "run" / name, weights_only=True)["progress"]["step"] == step
     return tmp_path / "run"
 
@@ -122,19 +122,19 @@ def test_damaged_checkpoint_is_refused(
     damage: Callable[[Path], None], stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With none to fall back to: one line, nothing executed, nothing changed."""
-    (stopped / checkpoint.PREVIOUS).unlink()
-    damage(stopped / checkpoint.LATEST)
+    (stopped / run_folder.PREVIOUS).unlink()
+    damage(stopped / run_folder.CHECKPOINT)
     before = contents(stopped)
     capsys.readouterr()
     assert run(stopped) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert str(stopped / checkpoint.LATEST) in error
+    assert str(stopped / run_folder.CHECKPOINT) in error
     assert contents(stopped) == before
 
 
 def test_cut_anywhere(whole: Path, tmp_path: Path) -> None:
-    content = (whole / checkpoint.LATEST).read_bytes()
+    content = (whole / run_folder.CHECKPOINT).read_bytes()
     for size in (*range(0, len(content), len(content) // 40), len(content) - 1):
         (tmp_path / "cut.pt").write_bytes(content[:size])
         with pytest.raises(ConfigError, match=r"cut\.pt is damaged, truncated or not a checkpoint"):
@@ -154,8 +154,8 @@ def test_cut_anywhere(whole: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_checkpoint_of_strange_content(key: str, value: Any, stopped: Path, capsys) -> None:
-    state = checkpoint.load(stopped / checkpoint.LATEST)
-    checkpoint.save(stopped / checkpoint.LATEST, state | {key: value})
+    state = checkpoint.load(stopped / run_folder.CHECKPOINT)
+    checkpoint.save(stopped / run_folder.CHECKPOINT, state | {key: value})
     capsys.readouterr()
     assert run(stopped) == 2
     error = capsys.readouterr().err
@@ -182,14 +182,14 @@ def test_other_images_than_the_run_has_begun_with(tmp_path: Path, capsys) -> Non
 def test_a_continued_run_knows_its_last_good_checkpoint(stopped: Path, monkeypatch, capsys) -> None:
     poison(monkeypatch, 1)
     assert run(stopped) == 1
-    assert f"last good checkpoint: {stopped / checkpoint.LATEST} (step 6)" in capsys.readouterr().err
+    assert f"last good checkpoint: {stopped / run_folder.CHECKPOINT} (step 6)" in capsys.readouterr().err
 
 
 @each_damage
 def test_fallback_to_the_checkpoint_before(
     damage: Callable[[Path], None], stopped: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damage(stopped / checkpoint.LATEST)
+    damage(stopped / run_folder.CHECKPOINT)
     capsys.readouterr()
     assert run(stopped) == 0
     output = capsys.readouterr().out
@@ -201,7 +201,7 @@ def test_fallback_to_the_checkpoint_before(
 
 
 def test_both_checkpoints_damaged(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
+    for name in (run_folder.CHECKPOINT, run_folder.PREVIOUS):
         flip_a_bit(stopped / name)
     before = contents(stopped)
     capsys.readouterr()
@@ -212,7 +212,7 @@ def test_both_checkpoints_damaged(stopped: Path, capsys: pytest.CaptureFixture[s
 
 def test_killed_between_the_renames_of_a_save(stopped: Path, whole: Path) -> None:
     """The previous checkpoint alone: the run goes on from it."""
-    (stopped / checkpoint.LATEST).unlink()
+    (stopped / run_folder.CHECKPOINT).unlink()
     assert run(stopped) == 0
     assert (stopped / "model.pt").read_bytes() == (whole / "model.pt").read_bytes()
 
@@ -220,19 +220,19 @@ def test_killed_between_the_renames_of_a_save(stopped: Path, whole: Path) -> Non
 def test_killed_before_the_save_that_follows_a_link(tmp_path: Path) -> None:
     """The latest and the one before it are then one file; renaming a third name of it does nothing."""
     checkpoint.save_latest(tmp_path, {"step": 1})
-    os.link(tmp_path / checkpoint.LATEST, tmp_path / checkpoint.PREVIOUS)
+    os.link(tmp_path / run_folder.CHECKPOINT, tmp_path / run_folder.PREVIOUS)
     checkpoint.save_latest(tmp_path, {"step": 2})
     steps = {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()}
-    assert steps == {checkpoint.LATEST: 2, checkpoint.PREVIOUS: 1}
+    assert steps == {run_folder.CHECKPOINT: 2, run_folder.PREVIOUS: 1}
 
 
 def test_the_good_checkpoint_survives_until_there_is_another(stopped: Path, monkeypatch) -> None:
     """Fallen back, the damaged latest must not take the place of the good previous one."""
-    flip_a_bit(stopped / checkpoint.LATEST)
-    good = (stopped / checkpoint.PREVIOUS).read_bytes()
+    flip_a_bit(stopped / run_folder.CHECKPOINT)
+    good = (stopped / run_folder.PREVIOUS).read_bytes()
     monkeypatch.setattr(distributed.StopRequest, "poll", lambda self: os._exit(9))
     assert code_of(in_a_child(lambda: run(stopped))) == 9
-    assert (stopped / checkpoint.PREVIOUS).read_bytes() == good
+    assert (stopped / run_folder.PREVIOUS).read_bytes() == good
 
 
 # --- disks ------------------------------------------------------------------------------------------
@@ -255,13 +255,13 @@ def check_one_line(result: subprocess.CompletedProcess[str], *words: str) -> Non
 @pytest.mark.slow
 def test_a_checkpoint_that_can_not_be_written(stopped: Path, whole: Path) -> None:
     """A limit on the size of files stands in for a full disk: the checkpoint before is intact, and serves."""
-    before = (stopped / checkpoint.LATEST).read_bytes()
+    before = (stopped / run_folder.CHECKPOINT).read_bytes()
     limit = len(before) // 2
     result = start(
         stopped, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     )
-    check_one_line(result, f"cannot write {stopped / checkpoint.LATEST}", "is intact")
-    assert (stopped / checkpoint.LATEST).read_bytes() == before
+    check_one_line(result, f"cannot write {stopped / run_folder.CHECKPOINT}", "is intact")
+    assert (stopped / run_folder.CHECKPOINT).read_bytes() == before
     assert run(stopped) == 0
     assert (stopped / "model.pt").read_bytes() == (whole / "model.pt").read_bytes()
 
@@ -286,7 +286,7 @@ def test_full_disk(small_disk: Path) -> None:
     (small_disk / "ballast").write_bytes(b"0" * room)
     result = start(folder)
     check_one_line(result, "cannot write", "No space left on device")
-    kept = [name for name in (checkpoint.LATEST, checkpoint.PREVIOUS) if (folder / name).exists()]
+    kept = [name for name in (run_folder.CHECKPOINT, run_folder.PREVIOUS) if (folder / name).exists()]
     for name in kept:
         checkpoint.load(folder / name)
     (small_disk / "ballast").unlink()
@@ -347,14 +347,14 @@ def test_the_previous_checkpoint_is_what_the_latest_was(
     """The same file, under its second name; a copy where the file system has no hard links."""
     if not links:
         monkeypatch.setattr(os, "link", refuse)
-    latest, previous = tmp_path / checkpoint.LATEST, tmp_path / checkpoint.PREVIOUS
+    latest, previous = tmp_path / run_folder.CHECKPOINT, tmp_path / run_folder.PREVIOUS
     checkpoint.save_latest(tmp_path, {"step": 1})
     file, content = latest.stat().st_ino, latest.read_bytes()
     checkpoint.save_latest(tmp_path, {"step": 2})
     assert (previous.stat().st_ino == file) is links
     assert previous.read_bytes() == content
     assert checkpoint.load(latest) == {"step": 2}
-    assert {path.name for path in tmp_path.iterdir()} == {checkpoint.LATEST, checkpoint.PREVIOUS}
+    assert {path.name for path in tmp_path.iterdir()} == {run_folder.CHECKPOINT, run_folder.PREVIOUS}
 
 
 # --- who speaks, and when ----------------------------------------------------------------------------
@@ -403,7 +403,7 @@ def test_a_signal_to_the_whole_group_stops_the_run_alone(number: signal.Signals,
         start_new_session=True,
     )
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / checkpoint.LATEST).exists() and time.monotonic() < deadline:
+    while not (tmp_path / "run" / run_folder.CHECKPOINT).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, number)
     output, error = process.communicate(timeout=60)
@@ -412,7 +412,7 @@ def test_a_signal_to_the_whole_group_stops_the_run_alone(number: signal.Signals,
     assert error == ""
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # nobody is left
-    checkpoint.load(tmp_path / "run" / checkpoint.LATEST)
+    checkpoint.load(tmp_path / "run" / run_folder.CHECKPOINT)
 
 
 # --- figures that are not finite, memory that does not suffice --------------------------------------
@@ -442,7 +442,7 @@ def test_a_step_that_is_not_finite_ends_the_run(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "not finite at step 6: loss, CE, gradient of conv.weight" in error
-    assert f"last good checkpoint: {folder / checkpoint.LATEST} (step 5)" in error
+    assert f"last good checkpoint: {folder / run_folder.CHECKPOINT} (step 5)" in error
     assert run(folder) == 0, "which can be continued from"
     assert "continuing from step 5" in capsys.readouterr().out
 
@@ -455,7 +455,7 @@ def test_skipped_steps_leave_no_trace(tmp_path: Path, monkeypatch: pytest.Monkey
         assert run(tmp_path / "skipped", skip_nonfinite="true") == 0
     assert "step 8: skipped" in capsys.readouterr().out
     states = [
-        torch.load(tmp_path / name / checkpoint.LATEST, weights_only=True) for name in ("short", "skipped")
+        torch.load(tmp_path / name / run_folder.CHECKPOINT, weights_only=True) for name in ("short", "skipped")
     ]
     kept = [(state["model"], state["optimizer"]["state"]) for state in states]
     torch.testing.assert_close(*kept, rtol=0, atol=0)
@@ -468,7 +468,7 @@ def test_skipped_steps_leave_no_trace(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_fp16_overflow_is_left_to_the_loss_scaling(tmp_path: Path) -> None:
     """The scale starts at 65,536: gradients are infinite until it has come down, and the run goes on."""
     assert run(tmp_path / "run", amp="fp16", lr=0.01) == 0
-    state = torch.load(tmp_path / "run" / checkpoint.LATEST, weights_only=True)
+    state = torch.load(tmp_path / "run" / run_folder.CHECKPOINT, weights_only=True)
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
@@ -511,7 +511,7 @@ def test_a_killed_data_worker(tmp_path: Path) -> None:
     """As the system kills for lack of memory: one line, exit code 1, and the checkpoint serves."""
     process = loading(tmp_path)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / checkpoint.LATEST).exists() and time.monotonic() < deadline:
+    while not (tmp_path / "run" / run_folder.CHECKPOINT).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     _, error = process.communicate(timeout=60)
@@ -520,7 +520,7 @@ def test_a_killed_data_worker(tmp_path: Path) -> None:
     assert line.startswith("train.py: error: data worker ")
     assert "was killed, as the system does when memory runs out: fewer workers (now 2) or" in line
     assert line.endswith("resume auto continues from the last checkpoint")
-    step = checkpoint.load(tmp_path / "run" / checkpoint.LATEST)["progress"]["step"]
+    step = checkpoint.load(tmp_path / "run" / run_folder.CHECKPOINT)["progress"]["step"]
     process = loading(tmp_path / "again", output_dir=tmp_path / "run", max_steps=step + 1)
     output, error = process.communicate(timeout=120)
     assert (process.returncode, error) == (0, "")

@@ -72,9 +72,9 @@ def fatal(target: str, call: int) -> None:
         ("os.replace", 5),
         ("os.replace", 6),
         ("os.replace", 7),
-        ("trainer.run_folder.write_metrics", 2),
-        ("trainer.run_folder.write_curves", 1),  # the training is over, its results are not written
-        ("trainer.run_folder.write_summary", 1),
+        ("trainer.results.write_metrics", 2),
+        ("trainer.results.write_curves", 1),  # the training is over, its results are not written
+        ("trainer.results.write_summary", 1),
     ],
 )
 def test_killed_at(target: str, call: int, keys: dict[str, Any], whole: Path, tmp_path: Path) -> None:
