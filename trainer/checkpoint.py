@@ -18,6 +18,8 @@ from models.importers import load_state
 from trainer.errors import ConfigError
 from trainer.run_folder import CHECKPOINT, PREVIOUS
 
+FORMAT = 1  # of what a run stores; the first versions did not say so
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: after a crash at any moment it holds the old or the new, never a part.

@@ -96,6 +96,11 @@ def find_start(config: Config) -> Start:
 def _resumable(stored: dict[str, Any], path: Path, config: Config) -> dict[str, Any]:
     if not isinstance(stored.get("config"), dict):
         raise ConfigError(f"checkpoint {path} cannot be resumed from: it is not a run's checkpoint.pt")
+    if (found := stored.get("format", 1)) != checkpoint.FORMAT:
+        raise ConfigError(
+            f"checkpoint {path} cannot be resumed from: it has format {found}, which another version of "
+            f"train.py has written; this one reads format {checkpoint.FORMAT}"
+        )
     # The teacher's weights are compared, wherever they lie; earlier versions stored the path alone.
     free = ["teacher-checkpoint"] if "teacher" in stored else []
     _check_same_run(stored["config"], config, f"checkpoint {path}", free)

@@ -136,7 +136,7 @@ class Run:
         """Write checkpoint.pt."""
         if (state := self.state.collect()) is not None:
             config = self.config.model_dump(mode="json", by_alias=True)
-            content = {"config": config, **self.identity, **state}
+            content = {"format": checkpoint.FORMAT, "config": config, **self.identity, **state}
             checkpoint.save_latest(self.folder, content, keep_latest=keep_latest)
         self.watch.last_saved = f"{self.folder / run_folder.CHECKPOINT} (step {self.progress.step})"
 
