@@ -455,7 +455,8 @@ def test_skipped_steps_leave_no_trace(tmp_path: Path, monkeypatch: pytest.Monkey
         assert run(tmp_path / "skipped", skip_nonfinite="true") == 0
     assert "step 8: skipped" in capsys.readouterr().out
     states = [
-        torch.load(tmp_path / name / run_folder.CHECKPOINT, weights_only=True) for name in ("short", "skipped")
+        torch.load(tmp_path / name / run_folder.CHECKPOINT, weights_only=True)
+        for name in ("short", "skipped")
     ]
     kept = [(state["model"], state["optimizer"]["state"]) for state in states]
     torch.testing.assert_close(*kept, rtol=0, atol=0)

@@ -36,7 +36,10 @@ class Hints(ComparesFeatures):
         except (ValueError, TypeError) as error:
             raise self.error(error) from None
         self.trained = {"hints": regressors}
-        self.taps = at_fused.FeatureTaps(student, self.names), at_fused.FeatureTaps(self.teacher, self.t_names)
+        self.taps = (
+            at_fused.FeatureTaps(student, self.names),
+            at_fused.FeatureTaps(self.teacher, self.t_names),
+        )
         self._losses: Tensor | None = None
 
     def recording(self, on: bool) -> AbstractContextManager[None]:
