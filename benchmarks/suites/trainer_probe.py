@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         if what == "start-up" or run.progress.step == 2:
             raise Enough
 
-    loop.train_step = stop_after_steps
+    loop.train_step = stop_after_steps  # type: ignore[assignment]
     loop.evaluate = timed("teacher's test error", loop.evaluate)
     Run._create_models = timed("models", Run._create_models)  # type: ignore[method-assign]
     data.load = timed("data", data.load)
