@@ -16,15 +16,16 @@ from trainer.distributed import Ranks
 from trainer.errors import ConfigError, checkpoint_of
 from trainer.methods import METHODS
 from trainer.student import Student
+from trainer.teacher import Teacher
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class Networks(NamedTuple):
-    """Both on the run's device; the teacher, where the method has one, frozen and in eval mode."""
+    """Both on the run's device; the teacher where the method has one."""
 
     student: nn.Module
-    teacher: nn.Module | None
+    teacher: Teacher | None
 
 
 def networks(config: Config, dataset: LabelledImages, ranks: Ranks) -> Networks:
@@ -36,13 +37,13 @@ def networks(config: Config, dataset: LabelledImages, ranks: Ranks) -> Networks:
     """
     device, classes, example = ranks.device, dataset.classes, dataset.example()
     student: nn.Module = _student(config, classes, device).to(device)
-    teacher: nn.Module | None = None
+    teacher: Teacher | None = None
     if METHODS[config.method].needs_teacher:
-        teacher = _create("teacher", str(config.teacher), classes, config)
+        network = _create("teacher", str(config.teacher), classes, config)
         with checkpoint_of("teacher-checkpoint"):
-            checkpoint.load_weights(teacher, Path(str(config.teacher_checkpoint)), str(config.teacher))
-        teacher = teacher.to(device).eval().requires_grad_(False)
-        _try("teacher", teacher, config, example)
+            checkpoint.load_weights(network, Path(str(config.teacher_checkpoint)), str(config.teacher))
+        teacher = Teacher(network, device)
+        _try("teacher", teacher.network, config, example)
     lone = _try("student", student, config, example) and not config.freeze_bn
     if lone and fewest_images(config, len(dataset.train), ranks.world) == 1:
         raise ConfigError(
@@ -65,17 +66,16 @@ def optimizer(config: Config, student: Student) -> torch.optim.Optimizer:
     )
 
 
-def compile_networks(config: Config, forward: nn.Module, student: Student, teacher: nn.Module | None) -> None:
+def compile_networks(config: Config, forward: nn.Module, student: Student, teacher: Teacher | None) -> None:
     """Let torch.compile make kernels of them; `forward` is the student, as DDP wraps it."""
     # Static shapes: a kernel for each size of a batch is faster than one for all. Parts of batches, last
     # batches and tests make many sizes: beyond 8, its default, the compiler would give up.
     torch._dynamo.config.recompile_limit = 64
     options = {"triton.cudagraphs": config.cuda_graphs}
-    forward.compile(dynamic=False, options=options)
-    for module in student.beside.values():
+    for module in (forward, *student.beside.values()):
         module.compile(dynamic=False, options=options)
-    if teacher is not None:  # freezing: its weights become constants
-        teacher.compile(dynamic=False, options=options | {"freezing": True})
+    if teacher is not None:
+        teacher.compile(dynamic=False, options=options)
 
 
 def train_mode(model: nn.Module, freeze_bn: bool) -> None:

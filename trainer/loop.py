@@ -24,10 +24,6 @@ def train(run: Run) -> int:
     """Train to the run's last step and write its results; returns the process's exit code."""
     config, progress, reporter = run.config, run.progress, run.reporter
     _introduce(run)
-    if run.teacher is not None:
-        if progress.teacher is None:
-            progress.teacher = evaluate(run, run.teacher)
-        reporter.say(f"teacher {config.teacher}: {reporting.test_errors(progress.teacher)}")
     if progress.step:
         reporter.say(f"continuing from step {progress.step} of {run.last_step}")
         if run.start.path != run.folder / run_folder.CHECKPOINT:
@@ -102,6 +98,9 @@ def train_epoch(run: Run, stop: distributed.StopRequest) -> int:
         progress.history.append(metrics)
         progress.seconds = 0.0
         run.sums.zero_()
+    if run.teacher is not None and progress.teacher is None:
+        progress.teacher = evaluate(run, run.teacher.network)
+        run.reporter.say(f"teacher {config.teacher}: {reporting.test_errors(progress.teacher)}")
     run.save()
     run.write_metrics()
     run.reporter.epoch(metrics, config.epochs, progress.step)

@@ -93,7 +93,10 @@ class Run:
         config = self.config
         torch.manual_seed(config.seed)
         self.student, self.teacher = build.networks(config, self.dataset, self.ranks)
-        self.method = METHODS[config.method](config, self.student, self.teacher, self.dataset.example())
+        network = None if self.teacher is None else self.teacher.network
+        self.method = METHODS[config.method](config, self.student, network, self.dataset.example())
+        if self.teacher is not None and not self.method.takes_gradients:  # which BatchNorm's mode changes
+            self.teacher.fold()
         self.learner = Student(self.student, self.method.trained)
         self.forward: nn.Module = self.learner
         if self.ranks.world > 1:
@@ -105,10 +108,9 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What the run has begun with, besides its configuration: data set and teacher's weights.
 
-        Found when rank 0 saves or any rank resumes: it reads every path and every weight.
+        Found when rank 0 saves or any rank resumes: it reads every path.
         """
-        teacher = self.teacher and checkpoint.digest(self.teacher)
-        return {"data": self.dataset.identity(), "teacher": teacher}
+        return {"data": self.dataset.identity(), "teacher": self.teacher and self.teacher.digest}
 
     def train(self) -> int:
         """Train to the last step, unless that is done; returns the process's exit code."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PHASES = ("imports", "data", "models", "teacher's test error", "first step", "rest")
+PHASES = ("imports", "data", "models", "first step", "rest")
 EAGER = "--eager"  # instead of train.py's own AT term: the authors' form
 
 
@@ -87,7 +87,6 @@ def main(argv: Sequence[str]) -> int:
             raise Enough
 
     loop.train_step = stop_after_steps  # type: ignore[assignment]
-    loop.evaluate = timed("teacher's test error", loop.evaluate)
     Run._create_models = timed("models", Run._create_models)  # type: ignore[method-assign]
     data.load = timed("data", data.load)
     try:

@@ -14,7 +14,10 @@ from trainer.folding import fold_batch_norms
 def teacher(name: str) -> nn.Module:
     """With statistics and scales as after training."""
     torch.manual_seed(0)
-    model = models.create(name, 10).double()
+    return with_statistics(models.create(name, 10).double())
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             nn.init.normal_(module.running_mean)
@@ -53,6 +56,32 @@ def test_a_tapped_pair_is_kept() -> None:
     assert isinstance(model.get_submodule(norm), nn.BatchNorm2d)
     for got, expected in zip(run(model, [norm]), before, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_tap_between_the_two_keeps_them_apart() -> None:
+    """Of whatever module it is: the output of this stem is its convolution's, which its BatchNorm follows."""
+
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 8, 3))
+            self.norm = nn.BatchNorm2d(8)
+            self.rest = nn.Sequential(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rest(self.norm(self.stem(x)).relu())
+
+    for names in (["stem"], ["norm"], ["rest"]):
+        by_hook, by_name = (with_statistics(Stem().double()) for _ in range(2))
+        by_name.load_state_dict(by_hook.state_dict())
+        before = run(by_hook, names)
+        apart = names != ["rest"]
+        assert fold_batch_norms(by_name, names) == 2 - apart
+        with at_fused.FeatureTaps(by_hook, names):
+            assert fold_batch_norms(by_hook) == 2 - apart
+        for model in (by_hook, by_name):
+            for got, expected in zip(run(model, names), before, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_what_cannot_be_folded_stays() -> None:

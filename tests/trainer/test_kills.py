@@ -60,9 +60,10 @@ def fatal(target: str, call: int) -> None:
 @pytest.mark.parametrize(
     "target, call",
     [
-        ("trainer.loop.evaluate", 1),  # the teacher's, before anything is written
+        ("trainer.loop.evaluate", 1),  # before anything is written
         ("trainer.loop.backward", 7),
         ("torch.optim.SGD.step", 5),
+        ("trainer.loop.evaluate", 2),  # the teacher's
         ("trainer.loop.evaluate", 3),
         ("trainer.checkpoint.save", 1),
         ("trainer.checkpoint.save", 4),

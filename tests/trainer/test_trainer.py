@@ -30,6 +30,7 @@ from trainer.config import make_config
 from trainer.data import in_memory
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
+from trainer.folding import fold_batch_norms
 from trainer.run import Run
 from trainer.state import TrainState
 from trainer.student import Student
@@ -296,15 +297,22 @@ def test_at_starts_at_its_epoch(teacher: Path, tmp_path: Path) -> None:
 def test_the_teacher_is_fixed(
     method: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a run continues, which does not test it again: its BatchNorms must never learn."""
+    """Also where a run continues: its BatchNorms must never learn."""
     monkeypatch.setattr(distributed.StopRequest, "poll", lambda self: signal.SIGTERM)
     keys = dashed(at_kd(teacher)) | {"method": method}
     keys |= {"limit-train": 24, "batch-size": 8, "limit-test": 10, "output-dir": tmp_path / "run"}
-    weights = torch.load(teacher / "model.pt", weights_only=True)
+    loaded = models.create("wrn-10-2")
+    loaded.load_state_dict(torch.load(teacher / "model.pt", weights_only=True))
+    digest = checkpoint.digest(loaded)
+    if method != "grad-at":  # which runs BatchNorm by the batch's statistics
+        taps = [] if method == "kd" else loaded.taps["groups"]
+        assert fold_batch_norms(loaded.eval(), taps) == 4 - bool(taps)
+    weights = loaded.state_dict()
     for step in (0, 1):
         run = Run(make_config(SMALL | keys), Ranks(0, 1, CPU))
         assert run.progress.step == step
-        guide = run.teacher
+        assert run.teacher.digest == digest
+        guide = run.teacher.network
         modes: list[bool] = []
         guide.bn.register_forward_hook(lambda bn, *_, modes=modes: modes.append(bn.training))
         assert run.train() == 143
@@ -346,8 +354,8 @@ def test_passes_are_in_the_chosen_precision_and_layout(
     keys |= {"amp": amp, "channels-last": layout is torch.channels_last, "output-dir": tmp_path}
     run = Run(make_config(SMALL | keys | {"limit-test": 4}), Ranks(0, 1, CPU))
     seen: list[tuple[torch.dtype, bool]] = []
-    for network in (run.student, run.teacher):
-        conv = network.group2[0].conv1  # type: ignore[union-attr]
+    for network in (run.student, run.teacher.network):
+        conv = network.group2[0].conv1
         assert conv.weight.is_contiguous(memory_format=layout)
         conv.register_forward_hook(
             lambda _, inputs, output: seen.append(
@@ -357,7 +365,7 @@ def test_passes_are_in_the_chosen_precision_and_layout(
     (batch,) = run.dataset.training_batches(0, 0, [slice(0, 4)])
     loop.train_step(run, *batch, 4)
     loop.evaluate(run, run.student)
-    loop.evaluate(run, run.teacher)  # type: ignore[arg-type]
+    loop.evaluate(run, run.teacher.network)
     assert seen == [(dtype, True)] * 4
 
 
