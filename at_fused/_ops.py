@@ -6,7 +6,7 @@ torch.library.register_autograd. Functions take their tensors flat, since apply(
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from ._schemas import (
     attention_loss_forward,
     attention_maps,
     attention_maps_backward,
+    below_autograd,
+    dispatched,
     library,
 )
 
@@ -48,8 +50,7 @@ class _Maps(torch.autograd.Function):
         ctx.options = (p, mapping, backend)
         _save_for_backward(ctx, *feats)
         ctx.set_materialize_grads(False)
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(attention_maps(list(feats), p, mapping, backend))
+        return tuple(below_autograd(attention_maps, list(feats), p, mapping, backend))
 
     @staticmethod
     def backward(ctx: Any, *grad_maps: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -74,8 +75,8 @@ class _MapsBackward(torch.autograd.Function):
         ctx.options, ctx.count = (p, mapping), count
         ctx.save_for_backward(scale, *tensors[: 2 * count])
         feats, grad_maps, addends = (list(tensors[i * count : (i + 1) * count]) for i in range(3))
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(attention_maps_backward(feats, grad_maps, scale, p, mapping, backend, addends))
+        arguments = (feats, grad_maps, scale, p, mapping, backend, addends)
+        return tuple(below_autograd(attention_maps_backward, *arguments))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,8 +109,7 @@ class _Tapped(torch.autograd.Function):
         ctx.options, ctx.channel_dim = (p, mapping, backend), channel_dim
         ctx.save_for_backward(feat)
         ctx.set_materialize_grads(False)
-        with torch._C._AutoDispatchBelowAutograd():
-            (attention,) = attention_maps([feat.movedim(channel_dim, 1)], p, mapping, backend)
+        (attention,) = below_autograd(attention_maps, [feat.movedim(channel_dim, 1)], p, mapping, backend)
         # Not a view to autograd, so that what follows may work in place where nothing needs the feature.
         return feat.detach(), attention
 
@@ -124,7 +124,7 @@ class _Tapped(torch.autograd.Function):
             (at_feat,) = _gradients([feat], [grad_map], None, *ctx.options)
             at_feat = at_feat if addend is None else at_feat + addend
         else:
-            (at_feat,) = attention_maps_backward([feat], [grad_map], None, *ctx.options, [addend])
+            (at_feat,) = _call(attention_maps_backward, [feat], [grad_map], None, *ctx.options, [addend])
         return None, None, None, None, at_feat.movedim(1, dim)
 
 
@@ -141,7 +141,7 @@ def raw_maps(feats: list[Tensor], p: float, mapping: str, backend: str) -> list[
     """Raw maps (B, *spatial) of features (B, C, *spatial), by the named backend or the reference."""
     if backend == "reference":
         return [reference.attention_map(feat, p, mapping) for feat in feats]
-    maps: list[Tensor] = attention_maps(feats, p, mapping, backend)
+    maps: list[Tensor] = _call(attention_maps, feats, p, mapping, backend)
     return maps
 
 
@@ -151,6 +151,21 @@ def feature_and_map(
     """The feature to go on with, and its raw map (B, *spatial): the two gradients are added in one pass."""
     tapped: tuple[Tensor, Tensor] = _Tapped.apply(p, mapping, backend, channel_dim, feat)
     return tapped
+
+
+def fused_loss(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    weights: list[float],
+    p: float,
+    mapping: str,
+    eps: float,
+    reduce: bool,
+    backend: str,
+) -> Tensor:
+    """The l2-normalised mean-squared loss, weighted, of features (B, C, *spatial): () or (n_pairs,)."""
+    loss: Tensor = _call(attention_loss, students, teachers, weights, p, mapping, eps, reduce, backend)
+    return loss
 
 
 class _Loss(torch.autograd.Function):
@@ -170,10 +185,10 @@ class _Loss(torch.autograd.Function):
             and backends.named(backend).ahead(feats[:count], feats[count:], p)
         )
         wanted = (any(student_needs), any(teacher_needs), ahead)
-        with torch._C._AutoDispatchBelowAutograd():
-            loss, slopes, grads = attention_loss_forward(
-                list(feats[:count]), list(feats[count:]), weights, *options, *wanted, backend
-            )
+        pairs = (list(feats[:count]), list(feats[count:]))
+        loss, slopes, grads = below_autograd(
+            attention_loss_forward, *pairs, weights, *options, *wanted, backend
+        )
         ctx.weights, ctx.options, ctx.backend = weights, options, backend
         ctx.first_slope = 0 if any(student_needs) else count
         ctx.ready = grads if ahead else None
@@ -229,7 +244,7 @@ def _gradients(
 ) -> list[Tensor]:
     """The operator, or the reference for gradients that no kernel can see into (`is_grads_batched`)."""
     if all(backends.is_plain(grad) for grad in grad_maps):
-        return attention_maps_backward(feats, grad_maps, scale, p, mapping, backend)
+        return _call(attention_maps_backward, feats, grad_maps, scale, p, mapping, backend)
     return [
         reference.attention_map_backward(feat, grad, p, mapping)
         for feat, grad in zip(feats, grad_maps, strict=True)
@@ -278,8 +293,7 @@ def _recomputed_gradients(
 def _maps_autograd(feats: list[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
     if _requires_grad(feats):
         return list(_Maps.apply(p, mapping, backend, *feats))
-    with torch._C._AutoDispatchBelowAutograd():
-        return attention_maps(feats, p, mapping, backend)
+    return below_autograd(attention_maps, feats, p, mapping, backend)
 
 
 def _maps_backward_autograd(
@@ -295,8 +309,7 @@ def _maps_backward_autograd(
     if _requires_grad(feats, grad_maps, addends, () if scale is None else (scale,)):
         tensors = (scale, *feats, *grad_maps, *addends)
         return list(_MapsBackward.apply(p, mapping, backend, len(feats), *tensors))
-    with torch._C._AutoDispatchBelowAutograd():
-        return attention_maps_backward(feats, grad_maps, scale, p, mapping, backend, addends)
+    return below_autograd(attention_maps_backward, feats, grad_maps, scale, p, mapping, backend, addends)
 
 
 def _loss_autograd(
@@ -304,10 +317,18 @@ def _loss_autograd(
 ) -> Tensor:
     if _requires_grad(students, teachers):
         return _Loss.apply(weights, options[:-1], options[-1], *students, *teachers)
-    with torch._C._AutoDispatchBelowAutograd():
-        return attention_loss(students, teachers, weights, *options)
+    return below_autograd(attention_loss, students, teachers, weights, *options)
 
 
-library.impl("attention_maps", _maps_autograd, "Autograd")
-library.impl("attention_maps_backward", _maps_backward_autograd, "Autograd")
-library.impl("attention_loss", _loss_autograd, "Autograd")
+_differentiable: dict[Any, Callable[..., Any]] = {
+    attention_maps: _maps_autograd,
+    attention_maps_backward: _maps_backward_autograd,
+    attention_loss: _loss_autograd,
+}
+for _operator, _function in _differentiable.items():
+    library.impl(_operator, _function, "Autograd")
+
+
+def _call(operator: Any, *arguments: Any) -> Any:
+    """The operator's result, differentiable."""
+    return (operator if dispatched() else _differentiable[operator])(*arguments)

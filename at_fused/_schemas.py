@@ -6,6 +6,7 @@ served by whichever backend the caller names (`backends/`). Their derivatives ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,10 +66,29 @@ def _attention_loss(
     return _attention_loss_forward(students, teachers, weights, *options[:-1], *wanted, options[-1])[0]
 
 
-library.impl("attention_maps", _attention_maps, "CompositeExplicitAutograd")
-library.impl("attention_maps_backward", _attention_maps_backward, "CompositeExplicitAutograd")
-library.impl("attention_loss", _attention_loss, "CompositeExplicitAutograd")
-library.impl("attention_loss_forward", _attention_loss_forward, "CompositeExplicitAutograd")
+_computations: dict[Any, Callable[..., Any]] = {
+    attention_maps: _attention_maps,
+    attention_maps_backward: _attention_maps_backward,
+    attention_loss: _attention_loss,
+    attention_loss_forward: _attention_loss_forward,
+}
+for _operator, _computation in _computations.items():
+    library.impl(_operator, _computation, "CompositeExplicitAutograd")
+
+
+def dispatched() -> bool:
+    """Whether a compiler, mode or tracer could see a call of an operator.
+
+    Elsewhere what the dispatcher would find is called directly: each pass through it and back to Python costs
+    as much as several checks.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
+
+
+def below_autograd(operator: Any, *arguments: Any) -> Any:
+    """The operator's result, without a graph."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return (operator if dispatched() else _computations[operator])(*arguments)
 
 
 # --- shapes -----------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def attention_loss(
     feats = [*students, *teachers]
     backend = backends.select(backend, feats, p, mapping)
     if backend != "reference" and normalize == "l2" and distance == "mse" and comparable:
-        loss: Tensor = _ops.attention_loss(
+        loss: Tensor = _ops.fused_loss(
             students, teachers, factors, float(p), mapping, float(eps), reduce, backend
         )
         return loss

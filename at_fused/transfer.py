@@ -249,7 +249,7 @@ class AttentionTransfer:
             backend = backends.select(self.backend, [*s_maps, *t_maps], 1.0, "sum")
             if backend != "reference":
                 weights = [self.beta * weight for weight in self.weights]
-                losses: Tensor = _ops.attention_loss(
+                losses: Tensor = _ops.fused_loss(
                     s_maps, t_maps, weights, 1.0, "sum", self.distance["eps"], False, backend
                 )
                 return losses

@@ -96,15 +96,17 @@ def _wrapped(feats: Sequence[Tensor]) -> str | None:
     return None
 
 
-_BATCHED = torch._C._dispatch_key_parse("Batched")  # the gradients of is_grads_batched=True
+# Of tensors within torch.func.grad and vmap, and of the gradients of is_grads_batched=True.
+_TRANSFORMED = ("FuncTorchGradWrapper", "FuncTorchBatched", "Batched", "Functionalize")
+_transformed = 0
+for _key in map(torch._C._dispatch_key_parse, _TRANSFORMED):
+    _transformed |= torch._C.DispatchKeySet(_key).raw_repr()
 
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether `tensor` is no DTensor or other wrapper, and not transformed by vmap or torch.func.grad."""
     if torch.compiler.is_compiling():
         return True
-    return not (
-        torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        or is_traceable_wrapper_subclass(tensor)
-        or torch._C._dispatch_keys(tensor).has(_BATCHED)
-    )
+    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
+        return False
+    return not torch._C._dispatch_keys(tensor).raw_repr() & _transformed
