@@ -1,7 +1,7 @@
-"""Everything to be asked of a GPU, in pieces, what matters most first: `make gpu RESULTS=DIR`.
+"""What is measured and tested on a GPU, in pieces, the most important first: `make gpu RESULTS=DIR`.
 
-The same command goes on where the last one ended. Nothing is fetched: the CUDA library is the one in place if
-it was built from these sources for this GPU, else it is built, after a first measurement of Triton alone.
+The same command continues where the last one ended. It fetches nothing: it uses the CUDA library in place if
+that was built from these sources for this GPU; else it measures Triton first, and then builds the library.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from typing import Any
 
 import torch
 
+from at_fused._files import write_atomically
 from at_fused._terminal import lenient_output
 from at_fused.visualize.paths import user_path
-from benchmarks import predictions, report
-from benchmarks.__main__ import draw_loss, write_loss
+from benchmarks import plots, predictions, report
 from benchmarks.loss import tables as loss_tables
 from benchmarks.pieces import ROOT, Piece, Record, run_missing
 from benchmarks.report import Row, Table
+from benchmarks.suites import loss as loss_suite
 
-FIRST_S = 60.0  # for a first measurement: whatever happens, the next piece starts in time
+FIRST_S = 60.0  # limit of a first measurement, so that the next piece starts in time
 FEW = ("--workloads", "imagenet", "cifar")
 
 
 def pieces(results: Path, device: str, quick: bool, cifar: Path | None, has_library: bool) -> list[Piece]:
-    """In the order in which they matter. Tests and sanitizers that need no GPU are not among them."""
+    """The pieces, the most important first, without tests and sanitizers that need no GPU."""
     python = sys.executable
-    common = [python, "-m", "benchmarks.run", "--device", device, *(["--quick"] if quick else [])]
+    common = [python, "-m", "benchmarks", "--device", device, *(["--quick"] if quick else [])]
 
     def suite(
         name: str, suite: str, *options: str, limit_s: float = 470, obstacle: str | None = None
     ) -> Piece:
-        command = [*common, "--suite", suite, "--out", str(results / name), *options]
+        command = [*common, "--suite", suite, "--resume", "--out", str(results / name), *options]
         return Piece(name, command, limit_s=limit_s, obstacle=obstacle)
 
     def loss(name: str, *options: str, **others: Any) -> Piece:
-        return suite(f"loss-{name}", "loss", "--resume", *options, **others)
+        return suite(f"loss-{name}", "loss", *options, **others)
 
     def first(name: str, *ours: str) -> Piece:
         graphs = ("--timings", "graph", "--modes", "both", "--providers", *ours, "authors-autocast")
@@ -58,18 +59,20 @@ def pieces(results: Path, device: str, quick: bool, cifar: Path | None, has_libr
         return Piece(f"test-{name}", [python, "-m", "pytest", "-q", *options, *workers], obstacle=obstacle)
 
     def sanitizer(tool: str) -> Piece:
-        small = [
-            *common,
-            "--suite",
-            "memory",
+        few = [
             "--batch",
             "2",
-            "--out",
-            str(results / tool),
             "--providers",
             "ours",
+            "--dtypes",
+            "bf16",
+            "fp32",
+            "--workloads",
+            "cifar",
+            "imagenet",
+            "vit",
         ]
-        small += ["--dtypes", "bf16", "fp32", "--workloads", "cifar", "imagenet", "vit"]
+        small = [*common, "--suite", "memory", "--out", str(results / tool), *few]
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else neighbours in a block hide an overrun
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", *small]
         obstacle = None if shutil.which(command[0]) else f"{command[0]} is not installed"
@@ -93,7 +96,7 @@ def pieces(results: Path, device: str, quick: bool, cifar: Path | None, has_libr
         test("triton", *numbers[:2], "-k", "triton"),
         loss("imagenet50", "--workloads", "imagenet50", "imagenet50-last2"),
         loss("blocks", "--workloads", "cifar-blocks", "cifar40-blocks", "vit"),
-        suite("memory", "memory", "--resume", *FEW),
+        suite("memory", "memory", *FEW),
         suite("trainer", "trainer", *(["--cifar", str(cifar)] if cifar else []), obstacle=lacks),
         loss("fp32", *FEW, "--dtypes", "fp32"),
         loss("fp16", *FEW, "--dtypes", "fp16"),
@@ -102,7 +105,7 @@ def pieces(results: Path, device: str, quick: bool, cifar: Path | None, has_libr
         test("properties", "tests/library/test_properties.py"),
         test("stress", "tests/library/test_stress.py", "-k", "cuda or triton"),
         test("trainer", "tests/trainer/test_trainer.py", "tests/trainer/test_methods.py", obstacle=lacks),
-        suite("scaling", "scaling", "--resume", "--providers", "authors", "vecdot", "compile", "ours"),
+        suite("scaling", "scaling", "--providers", "authors", "vecdot", "compile", "ours"),
         Piece("hot-cells", [*hot, f"--benchmark-json={results / 'hot-cells.json'}"]),
     ]
 
@@ -114,7 +117,7 @@ def _build(python: str) -> Piece:
 
 
 def architecture() -> str:
-    """Of this machine's GPU alone: each architecture costs a minute of compiling."""
+    """The architecture of this machine's GPU, to compile for it alone: each one takes a minute."""
     if not torch.cuda.is_available():
         return "9.0a"
     major, minor = torch.cuda.get_device_capability()
@@ -131,7 +134,7 @@ def has_library() -> bool:
 
 
 def source_digest() -> str:
-    """The same for the same sources of all that is built, tested and measured."""
+    """A digest of all sources that are built, tested and measured."""
     summary = hashlib.blake2b(digest_size=8)
     folders = ("at_fused", "csrc", "models", "trainer", "recipes", "tests", "benchmarks")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.*")]
@@ -143,7 +146,7 @@ def source_digest() -> str:
 
 
 def unpack_wheels(folder: Path, site: Path) -> None:
-    """Makes the packages of `folder`'s wheels importable, here and in the pieces.
+    """Make the packages of the wheels in `folder` importable, here and in the pieces.
 
     Raises:
         ValueError: there are none.
@@ -162,7 +165,7 @@ def unpack_wheels(folder: Path, site: Path) -> None:
 
 
 def loss_rows(measured: Path, todo: Sequence[Piece], device: str) -> tuple[list[Row], dict[str, Any] | None]:
-    """The rows of every cell that any piece has measured, be it finished or not, and the machine."""
+    """The rows of every cell that a piece has measured, finished or not, and the machine."""
     rows: dict[tuple[Any, ...], Row] = {}
     machine = None
     for piece in todo:
@@ -176,20 +179,21 @@ def loss_rows(measured: Path, todo: Sequence[Piece], device: str) -> tuple[list[
 def summarize(
     results: Path, measured: Path, todo: Sequence[Piece], device: str, states: dict[str, str]
 ) -> None:
-    """Joins the cells of all loss pieces in DIR/loss-DEVICE.*, and puts their times into DIR/summary.md."""
+    """Write the cells of all loss pieces into DIR/loss-DEVICE.*, and their times into DIR/summary.md."""
     rows, machine = loss_rows(measured, todo, device)
     if machine:
-        write_loss(results, device, machine, rows)
+        loss_suite.page(rows, draws=False).write(results, f"loss-{device}", rows, machine)
     tables = [Table("Pieces", ["piece", "state"], [[name, state] for name, state in states.items()])]
     tables += [loss_tables.times_table(heading, group) for heading, group in loss_tables.groups(rows).items()]
-    report.write_page(results / "summary.md", report.markdown("GPU run", machine, tables))
+    page = report.markdown("GPU run", machine, tables)
+    write_atomically(results / "summary.md", page.encode())
 
 
 def draw(results: Path, measured: Path, todo: Sequence[Piece], device: str) -> None:
-    """The picture of all losses, and everything that was measured beside the predictions."""
+    """Write the picture of all losses, and the measured figures beside the predictions."""
     rows, machine = loss_rows(measured, todo, device)
     if machine:
-        draw_loss(results, device, rows)
+        plots.times_floor(loss_tables.main_group(rows), results / f"loss-{device}.png")
     for path in measured.glob(f"*/*-{device}.*"):
         if not path.name.startswith("loss-"):
             shutil.copy(path, results)
@@ -265,7 +269,7 @@ def run(options: argparse.Namespace) -> int:
         everything = {piece.name: record.state(piece) for piece in todo} | states
         try:
             summarize(results, measured, todo, options.device, everything)
-        except Exception as error:  # a table is no reason to lose the device's time
+        except Exception as error:  # a table must not cost the time on the device
             print(f"[gpu] no summary yet: {error!r}", flush=True)
 
     states: dict[str, str] = {}

@@ -1,9 +1,9 @@
-"""What the issue of instructions leaves of a GPU's memory bandwidth: a model, written down before measuring.
+"""The share of a GPU's memory bandwidth that the kernels can reach at their instructions per vector: a model.
 
-A scheduler issues one instruction per cycle. The CUDA kernels' time is taken as
-(memory^4 + issue^4)^(1/4), a maximum that is soft where the two are close, and 3 µs per kernel to start
-and to drain. The shares are upper bounds: left out are waits at barriers, lanes without work, and whether
-a form is taken at all.
+A scheduler issues one instruction per cycle. The model takes the time of the CUDA kernels as
+(memory^4 + issue^4)^(1/4), a maximum that is soft where the two are close, plus 3 µs per kernel to start
+and to drain. The shares are upper bounds: the model leaves out waits at barriers, lanes without work, and
+whether a form is used at all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INSTRUCTIONS = {
     "channels-first map, staged": {"sm_80": 23.0, "sm_90a": 23.0, "sm_100": 21.8},
     "channels-first gradient": {"sm_80": 29.5, "sm_90a": 29.5, "sm_100": 26.5},
     "channels-first gradient, staged": {"sm_80": 28.5, "sm_90a": 28.5, "sm_100": 26.5},
-    # At a tap: for each vector of the feature, one of the gradient that is added to it is loaded, too.
+    # At a tap: with each vector of the feature, it also loads one of the gradient that it adds.
     "channels-last gradient, added": {"sm_80": 46.5, "sm_90a": 46.5, "sm_100": 39.5},
     "channels-first gradient, added": {"sm_80": 40.5, "sm_90a": 40.5, "sm_100": 36.5},
 }
@@ -44,7 +44,7 @@ class Gpu:
         return self.multiprocessors * SCHEDULERS * LANES * self.clock
 
 
-# Bandwidths that copies reach, and clocks under such load: leads from elsewhere, to be measured.
+# Bandwidths that copies reach, and clocks under such load: published figures, not yet measured by us.
 GPUS = (
     Gpu("H100", "sm_90a", 132, 1.90e9, 3.0e12),
     Gpu("H200", "sm_90a", 132, 1.97e9, 4.3e12),
@@ -53,7 +53,7 @@ GPUS = (
 
 
 def walks(cell: Cell, one_pass: bool) -> dict[str, int]:
-    """The bytes of activations that each walk over them takes apart, forward and backward."""
+    """The bytes of activations that each walk of forward and backward processes."""
     layout = "channels-first" if cell.layout == "nchw" else "channels-last"
     staged = ", staged" if one_pass else ""
     found = {f"{layout} map": cell.teacher_bytes, f"{layout} gradient{staged}": cell.student_bytes}
@@ -62,7 +62,7 @@ def walks(cell: Cell, one_pass: bool) -> dict[str, int]:
 
 
 def share(cell: Cell, gpu: Gpu, one_pass: bool) -> float:
-    """Of the copy bandwidth that forward and backward together should reach over the bytes that must move."""
+    """The share of the copy bandwidth that forward and backward together should reach."""
     memory = cell.bytes_moved(one_pass=one_pass) / gpu.copy
     instructions = sum(
         size / VECTOR * INSTRUCTIONS[walk][gpu.architecture] for walk, size in walks(cell, one_pass).items()

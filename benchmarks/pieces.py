@@ -1,7 +1,8 @@
-"""Runs commands one after another on a machine that may end at any second, and keeps what they leave."""
+"""Run commands one after another on a machine that may end at any second, and keep their results."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -14,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
 
+from at_fused._files import write_atomically
+
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_S = 470.0  # a piece that takes longer is ended, and fails
+LIMIT_S = 470.0  # a piece that takes longer is stopped, and fails
 SAVE_EVERY_S = 5.0  # while a piece runs
 
 
@@ -37,7 +40,7 @@ class Process(Protocol):
         """The exit code; `subprocess.TimeoutExpired` if the process still runs after `timeout` seconds."""
 
     def kill(self) -> None:
-        """Ends the process with all that it started."""
+        """End the process and all that it has started."""
 
 
 class Command:
@@ -63,9 +66,9 @@ class Command:
 
 
 class Record:
-    """What has been done, in files of `folder`: done.jsonl has a line per success, logs/ every output.
+    """The pieces that are done, in `folder`: done.jsonl has a line per success, logs/ the outputs.
 
-    A success counts for the sources it ran on. `archive`, if given, holds all of `folder` in one file.
+    A success counts for the sources that it ran on. `archive`, if given, holds all of `folder` in one file.
     """
 
     def __init__(self, folder: Path, sources: str, archive: Path | None = None) -> None:
@@ -73,7 +76,7 @@ class Record:
         self._archived: list[tuple[str, int, int]] = []
 
     def create(self) -> None:
-        """Makes the folder; an empty one is filled from the archive, if there is one."""
+        """Make the folder; fill an empty one from the archive, if there is one."""
         empty = not self.folder.exists() or not any(self.folder.iterdir())
         self.folder.mkdir(parents=True, exist_ok=True)
         if empty and self.archive and self.archive.exists():
@@ -100,7 +103,7 @@ class Record:
     def add(self, piece: Piece, seconds: float) -> None:
         entry = {"piece": piece.name, "seconds": round(seconds, 1), "sources": self.sources}
         with (self.folder / "done.jsonl").open("a", encoding="utf-8") as file:
-            file.write(f"\n{json.dumps(entry)}\n")  # on a line of its own whatever was cut off before
+            file.write(f"\n{json.dumps(entry)}\n")  # the last line may have been cut off by a kill
 
     def state(self, piece: Piece) -> str:
         seconds = self.done().get(piece.name)
@@ -112,23 +115,20 @@ class Record:
         return self.folder / "logs" / f"{piece.name}.log"
 
     def save(self) -> None:
-        """Brings the archive up to date, in one step."""
+        """Replace the archive where the folder has changed."""
         if self.archive is None:
             return
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        files = [path for path in files if path.name not in (self.archive.name, _partial(self.archive).name)]
+        found = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        files = [path for path in found if path.name != self.archive.name and path.suffix != ".tmp"]
         marks = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
         if marks == self._archived:
             return
-        with tarfile.open(_partial(self.archive), "w:gz", compresslevel=1) as archive:
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w:gz", compresslevel=1) as archive:
             for path in files:
                 archive.add(path, path.relative_to(self.folder))
-        _partial(self.archive).replace(self.archive)
+        write_atomically(self.archive, content.getvalue())
         self._archived = marks
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
 
 
 def run_missing(
@@ -140,9 +140,9 @@ def run_missing(
     start: Callable[[Piece, IO[str]], Process] = Command,
     finished: Callable[[dict[str, str]], object] = lambda states: None,
 ) -> dict[str, str]:
-    """Runs the pieces that have not succeeded yet; returns the state of each by name.
+    """Run the pieces that have not succeeded yet; returns the state of each by name.
 
-    `finished` gets the states so far after each piece that ran.
+    After each piece that has run, `finished` gets the states so far.
     """
     end = clock() + (budget_s or math.inf)
     states: dict[str, str] = {}
@@ -171,7 +171,7 @@ def _run(
     clock: Callable[[], float],
     start: Callable[[Piece, IO[str]], Process],
 ) -> str | None:
-    """None on success, else what went wrong."""
+    """None on success, or what went wrong."""
     log = record.log(piece)
     with log.open("a") as file:  # an earlier call may have measured a part
         try:

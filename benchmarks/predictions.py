@@ -1,8 +1,8 @@
-"""What a GPU should show, written down before it is measured, and what has been measured so far.
+"""What a GPU should reach, written before it is measured, and what has been measured so far.
 
     python -m benchmarks.predictions --out benchmarks/results [--measured DIR]
 
-Until results of a GPU are given, every figure that takes one reads "not measured".
+Without results of a GPU, every figure that needs one reads "not measured".
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ DTYPES = ("bf16", "fp32")  # fp16 moves what bf16 does
 
 
 def held_bytes(cell: Cell) -> int:
-    """What lies between forward and backward at the least: the student's map slopes in fp32."""
+    """The bytes that must be kept from forward to backward: the student's map slopes in fp32."""
     return 4 * cell.batch * sum(math.prod(shape[1:]) for shape in cell.student)
 
 
 def cells_table(rows: Sequence[Row]) -> Table:
-    """A line per workload and dtype (layouts move the same bytes), with the floor where a copy was timed."""
+    """A line per workload and dtype (all layouts move the same bytes), with the floor if a copy was timed."""
     launched = [f"{name}, launches" for name in LAUNCHES]
     headers = ["cell", "batch", "S MB", "T MB", "3S+T MB", "2S+T MB", "maps held MB (% of S+T)", *launched]
     headers += ["3S+T floor µs", "two passes µs", "2S+T floor µs", "one pass µs"]
@@ -190,7 +190,7 @@ GOALS = (
 
 
 def goals_table(rows: Sequence[Row]) -> Table:
-    """Each goal against the worst of its cells, all bf16, p = 2, forward + backward, either layout."""
+    """Each goal beside the worst of its cells, all bf16, p = 2, forward + backward, in both layouts."""
     headers = ["bf16, forward + backward, the worst of both layouts", "goal", "measured", ""]
     return Table("Goals", headers, [goal.line(rows) for goal in GOALS])
 

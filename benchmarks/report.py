@@ -8,7 +8,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import at_fused
+from at_fused._files import write_atomically
 
 Row = dict[str, Any]
 
@@ -27,8 +29,24 @@ class Table(NamedTuple):
     lines: Sequence[Sequence[str]]
 
 
+@dataclass(frozen=True)
+class Result:
+    """How the rows of a suite are read: a page of tables, a picture, and further keys of the JSON."""
+
+    title: str
+    tables: Sequence[Table]
+    draw: Callable[[Path], None] | None = None  # writes the picture to a path
+    keys: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path, stem: str, rows: Sequence[Row], machine: dict[str, Any]) -> str:
+        """Write stem.md, stem.csv and stem.json into `folder`; returns the page."""
+        page = markdown(self.title, machine, self.tables)
+        write(folder, stem, page, rows, {"machine": machine} | self.keys)
+        return page
+
+
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Whatever a time depends on and a reader cannot know."""
+    """What a time depends on and a reader cannot know."""
     machine: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu_model(),
@@ -51,7 +69,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def markdown(title: str, machine: dict[str, Any] | None, tables: Sequence[Table]) -> str:
-    """A page of tables, headed where there are several, and the machine they were measured on, if any."""
+    """A page of tables, with headings where there are several, and the machine that they were measured on."""
     parts = [f"# {title}"]
     for table in tables:
         parts += [f"## {table.heading}"] if len(tables) > 1 else []
@@ -66,27 +84,40 @@ def markdown(title: str, machine: dict[str, Any] | None, tables: Sequence[Table]
     return "\n\n".join(parts) + "\n"
 
 
-def write(folder: Path, stem: str, page: str, rows: Sequence[Row], everything: dict[str, Any]) -> None:
-    """Leaves stem.md, stem.csv and stem.json in `folder`."""
+def write(folder: Path, stem: str, page: str, rows: Sequence[Row], keys: dict[str, Any]) -> None:
+    """Write stem.md, stem.csv and stem.json into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_page(folder / f"{stem}.md", page)
-    write_page(folder / f"{stem}.json", json.dumps(everything | {"rows": list(rows)}, indent=2) + "\n")
     with io.StringIO(newline="") as text:
         writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
-        write_page(folder / f"{stem}.csv", text.getvalue())
+        files = {"md": page, "json": as_json(keys | {"rows": list(rows)}) + "\n", "csv": text.getvalue()}
+    for suffix, content in files.items():
+        write_atomically(folder / f"{stem}.{suffix}", content.encode())
 
 
-def write_page(path: Path, text: str) -> None:
-    """Replaces the file in one step: whoever is killed leaves the old text or the new."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", newline="")
-    partial.replace(path)
+def as_json(value: Any, indent: str = "") -> str:
+    """`value` as JSON with each object of a list on one line, unless it holds such lists itself."""
+    if not _holds_objects(value):
+        return json.dumps(value)
+    inner = indent + " "
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key)}: {as_json(item, inner)}" for key, item in value.items()]
+    else:
+        parts = [as_json(item, inner) for item in value]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return f"{opening}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{closing}"
+
+
+def _holds_objects(value: Any) -> bool:
+    """Whether there is a list of objects in `value`."""
+    if isinstance(value, list):
+        return any(isinstance(item, dict) or _holds_objects(item) for item in value)
+    return isinstance(value, dict) and any(map(_holds_objects, value.values()))
 
 
 def read(folder: Path, stem: str) -> dict[str, Any]:
-    """What `write` left in stem.json; empty where there is no such file."""
+    """What `write` has put into stem.json; empty where there is no such file."""
     try:
         content: dict[str, Any] = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -110,7 +141,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """Of the checkout; a copy without a history is told by the environment variable COMMIT."""
+    """The commit of the checkout; in a copy without a history, the environment variable COMMIT."""
     return os.environ.get("COMMIT") or _output("git", "describe", "--always", "--dirty")
 
 

@@ -2,8 +2,8 @@
 
     python -m reproduce table1 --schedule short --data-dir DIR --seeds 2 --jobs 2 --out runs/paper
 
-Finished runs are kept, interrupted ones continue, so the same command can be given again after anything.
-Tables share runs. The results lie in OUT/SCHEDULE: TABLE.json, TABLE.md and, as Figure 7, TABLE.png.
+It keeps finished runs and continues interrupted ones, so the same command can be given again at any time.
+Tables share runs. The results are in OUT/SCHEDULE: TABLE.json, TABLE.md and, as Figure 7, TABLE.png.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from trainer.errors import ConfigError, did_you_mean
 
 @lenient_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 where a training has failed or can't be measured, 2 after a mistake, which is
-    told in one line."""
+    """Returns the exit code: 1 if a training fails or can't be measured, 2 after a mistake (one line)."""
     try:
         args = _parse(argv)
         plan = Plan(
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             known=args.known,
             keys=dict(args.set),
         )
-        todo = plan.jobs  # mistakes are told before anything is written
+        todo = plan.jobs  # raises for a mistake before anything is written
         if args.measure:
             return 0 if jobs.estimate(todo, partial(print, flush=True)) else 1
         if args.dry_run:

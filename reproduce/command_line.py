@@ -1,4 +1,4 @@
-"""What the commands of this folder share in reading their flags."""
+"""Flags and locks that the commands of this folder share."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def folder(text: str) -> Path:
 
 @contextmanager
 def exclusive(out: Path) -> Iterator[None]:
-    """Make the folder `out`, and let no other process that asks for it work there meanwhile.
+    """Make the folder `out`, and keep other processes that ask for it out meanwhile.
 
     Raises:
-        ConfigError: another is at work there, or the folder can't be made.
+        ConfigError: another process is at work there, or the folder can't be made.
     """
     lock = out / ".lock"
     try:

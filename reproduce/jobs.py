@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 import models
+from reproduce import runner
+from reproduce.runner import last_line
 from reproduce.tables import Job
 from trainer import data
 from trainer.config import Config, make_config
-from trainer.distributed import stop_signals
+from trainer.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED_STEPS = 5  # the first warms up
@@ -33,54 +34,35 @@ PROGRESS_SECONDS = 60.0  # between lines that say how far the trainings are
 def run(jobs: Sequence[Job], logs: Path, parallel: int, finished: Callable[[], object]) -> int:
     """Train what is not finished, `parallel` at a time; returns the number of jobs that failed.
 
-    `finished` is called after each. A signal that asks to end lets every training write a checkpoint and end.
+    `finished` is called after each that succeeds. A signal that asks to end is passed on: see `runner.run`.
     """
     waiting = [job for job in jobs if job.summary() is None]
-    running: dict[subprocess.Popen[bytes], Job] = {}
     failed: set[str] = set()
 
-    def stop(number: int, frame: Any) -> None:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-        raise SystemExit(128 + number)
+    def begin(job: Job) -> subprocess.Popen[bytes] | None:
+        if job.teacher and not job.teacher.summary():
+            return None
+        say(f"started {job.name}")
+        return start(job, logs)
 
-    told = time.monotonic()
-    handlers = {number: signal.signal(number, stop) for number in stop_signals()}
-    try:
-        while waiting or running:
-            for job in [job for job in waiting if job.teacher and job.teacher.name in failed]:
-                waiting.remove(job)
-                failed.add(job.name)
-                say(f"skipped {job.name}: its teacher failed")
-            ready = [job for job in waiting if job.teacher is None or job.teacher.summary()]
-            for job in ready[: parallel - len(running)]:
-                waiting.remove(job)
-                running[start(job, logs)] = job
-                say(f"started {job.name}")
-            for process in [process for process in running if process.poll() is not None]:
-                job = running.pop(process)
-                summary = job.summary() if process.returncode == 0 else None
-                if summary is None:
-                    failed.add(job.name)
-                    log = log_path(job, logs)
-                    say(f"failed {job.name} (exit {process.returncode}): {last_line(log)} (see {log})")
-                else:
-                    say(f"finished {job.name}: last test error {summary['last_test_error']:.2f} %")
-                    finished()
-            if running and time.monotonic() - told >= PROGRESS_SECONDS:
-                told = time.monotonic()
-                say(
-                    ", ".join(
-                        f"{j.name} {len(j.history())}/{j.config.epochs} epochs" for j in running.values()
-                    )
-                )
-            if waiting or running:
-                time.sleep(0.5)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    def progress(running: Collection[Job]) -> None:
+        epochs = (f"{job.name} {len(job.history())}/{job.config.epochs} epochs" for job in running)
+        say(", ".join(epochs))
+
+    with closing(runner.run(waiting, begin, parallel, progress, PROGRESS_SECONDS)) as ended:
+        for job, code in ended:
+            summary = job.summary() if code == 0 else None
+            if summary is not None:
+                say(f"finished {job.name}: last test error {summary['last_test_error']:.2f} %")
+                finished()
+                continue
+            failed.add(job.name)
+            log = log_path(job, logs)
+            say(f"failed {job.name} (exit {code}): {last_line(log)} (see {log})")
+            while lost := next((j for j in waiting if j.teacher and j.teacher.name in failed), None):
+                waiting.remove(lost)
+                failed.add(lost.name)
+                say(f"skipped {lost.name}: its teacher failed")
     return len(failed)
 
 
@@ -118,9 +100,9 @@ def check_data(jobs: Sequence[Job]) -> None:
 
 
 def estimate(jobs: Sequence[Job], say: Callable[[str], object]) -> bool:
-    """Say of each job how long its remaining epochs would take, and the sum; returns whether it has all.
+    """Report how long the remaining epochs of each job would take; returns whether all were measured.
 
-    A few steps of each distinct recipe are run for it, uncompiled and with an untrained teacher.
+    It runs a few steps of each recipe, uncompiled and with an untrained teacher.
 
     Raises:
         ConfigError: the data are missing or damaged.
@@ -179,8 +161,7 @@ def measure(job: Job) -> float | None:
         if code:
             print(f"reproduce: can't measure {job.name}: {last_line(folder / 'log')}", file=sys.stderr)
             return None
-        epochs = (folder / "run/metrics.jsonl").read_text().splitlines()
-        return float(median(json.loads(line)["seconds"] for line in epochs[1:]))
+        return float(median(epoch["seconds"] for epoch in read_metrics(folder / "run")[1:]))
 
 
 class Sizes(NamedTuple):
@@ -210,11 +191,6 @@ def duration(seconds: float) -> str:
 
 def log_path(job: Job, logs: Path) -> Path:
     return logs / f"{job.name.replace('/', '-')}.log"
-
-
-def last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 def say(line: str) -> None:

@@ -1,13 +1,13 @@
-"""What the runs of a table have given: JSON, a Markdown table and curves, none of it typed by hand."""
+"""The results of a table's runs: JSON, a Markdown table and curves."""
 
 from __future__ import annotations
 
-import json
 from statistics import median
 from typing import Any
 
+from benchmarks.report import as_json
 from reproduce.curves import curves
-from reproduce.tables import BASELINE, TABLES, TEACHER, Cell, Job, Plan, told
+from reproduce.tables import BASELINE, TABLES, TEACHER, Cell, Job, Plan, without_paths
 from trainer.checkpoint import write_atomically
 
 HEADINGS = [
@@ -31,7 +31,7 @@ def write(plan: Plan) -> str:
     text = markdown(result)
     plan.folder.mkdir(parents=True, exist_ok=True)
     path = plan.folder / plan.table
-    write_atomically(path.with_suffix(".json"), (json.dumps(result, indent=1) + "\n").encode())
+    write_atomically(path.with_suffix(".json"), (as_json(result) + "\n").encode())
     write_atomically(path.with_suffix(".md"), text.encode())
     if any(entry["runs"] for entry in result["cells"]):
         write_atomically(path.with_suffix(".png"), curves(result))
@@ -39,7 +39,7 @@ def write(plan: Plan) -> str:
 
 
 def results(plan: Plan) -> Entry:
-    """All there is to say of the plan: a cell per entry, with its finished runs and their statistics."""
+    """The content of TABLE.json: an entry per cell, with its finished runs and their statistics."""
     return {
         "table": plan.table,
         "title": plan.title,
@@ -83,7 +83,7 @@ def _finished(job: Job, plan: Plan) -> Entry | None:
             for term in TERMS
             if any(values := [_rounded(epoch.get(term, 0.0)) for epoch in history])
         },
-        "config": told(job.stored_config(), plan.folder),
+        "config": without_paths(job.stored_config(), plan.folder),
     }
 
 
@@ -95,7 +95,7 @@ def _rounded(value: float) -> float:
 
 
 def markdown(result: Entry) -> str:
-    """The results as a table; cells without a finished run say so."""
+    """The results as a table; "not finished" where a cell has no finished run."""
     epochs = sorted({entry["epochs"] for entry in result["cells"]})
     top5 = any("paper_top5" in entry for entry in result["cells"])
     headings = HEADINGS + TOP5_HEADINGS if top5 else HEADINGS

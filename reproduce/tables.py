@@ -1,4 +1,4 @@
-"""What the paper's tables consist of: recipes/tables.yaml as jobs to train, cell by cell."""
+"""The paper's tables as jobs to train, cell by cell, read from recipes/tables.yaml."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from trainer import checkpoint
+from trainer import checkpoint, run_folder
 from trainer.config import Config, make_config
 from trainer.errors import ConfigError
 from trainer.recipes import load_recipe
@@ -27,7 +27,7 @@ CURVES = ("test_error", "train_error")  # epoch by epoch
 
 @dataclass(frozen=True)
 class Job:
-    """One training: its configuration, and the one whose weights it needs first."""
+    """One training: its configuration, and the job whose weights it needs."""
 
     name: str
     config: Config
@@ -38,38 +38,34 @@ class Job:
         return Path(str(self.config.output_dir))
 
     def summary(self) -> dict[str, Any] | None:
-        """Results, if the run is finished; a folder that holds another run raises ConfigError."""
+        """The results of a finished run, else None; ConfigError where the folder holds another run."""
         try:
             stored = self.stored_config()
             if found := differences(stored, self.config):
                 raise ConfigError(f"{self.folder} holds a different run: {differences_told(found)}")
-            summary = dict(json.loads((self.folder / "summary.json").read_text()))
+            summary = run_folder.read_summary(self.folder)
         except (FileNotFoundError, NotADirectoryError):
             return None
         long_enough = _long_enough(stored, summary["epochs"], self.config) or self._has_every_epoch()
         return summary if long_enough else None
 
     def _has_every_epoch(self) -> bool:
-        """Only the checkpoint knows it of a run with max-steps, which may have ended its last epoch early."""
+        """By the checkpoint: max-steps may have ended the last epoch early."""
         found = checkpoint.load_latest(self.folder)
         return found is not None and len(found[0]["progress"]["history"]) == self.config.epochs
 
     def stored_config(self) -> dict[str, Any]:
-        """The configuration that the run has written; its folder may have been moved with those beside it."""
-        path = self.folder / "config.yaml"
-        config = yaml.safe_load(path.read_text())
-        if not isinstance(config, dict) or "output-dir" not in config:
-            raise ConfigError(f"{path} is not a run's")
+        """The configuration that the run has written; paths follow a folder that was moved."""
+        config = run_folder.read_config(self.folder)
+        if "output-dir" not in config:
+            raise ConfigError(f"{self.folder}/config.yaml is not a run's")
         old, new = (str(path).removesuffix(self.name) for path in (config["output-dir"], self.folder))
         moved = {key: value for key, value in config.items() if old and str(value).startswith(old)}
         return config | {key: new + value.removeprefix(old) for key, value in moved.items()}
 
     def history(self) -> list[dict[str, Any]]:
         """Metrics of the epochs so far."""
-        try:
-            return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        return run_folder.read_metrics(self.folder)
 
 
 @dataclass(frozen=True)
@@ -94,18 +90,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells of a table that were asked for.
+    """The chosen cells of a table.
 
-    Runs lie in `out`/`schedule`, by recipe and seed, so that tables share them. Where `teacher_checkpoint` is
-    given, no teacher is trained. Runs that a file of `known` (a TABLE.json) holds with the same configuration
-    count as finished; those whose weights others need are trained all the same. Of a teacher from elsewhere
-    such a file tells the name only: files of one name count as the same. `keys` win over those of every
-    recipe.
+    Runs are in `out`/`schedule`, by recipe and seed, so that tables share them. With `teacher_checkpoint` no
+    teacher is trained. Runs that a file of `known` (a TABLE.json) holds with the same configuration count as
+    finished, unless others need their weights. Such a file has only the name of a teacher from elsewhere:
+    files of the same name count as the same. `keys` win over those of every recipe.
 
     Raises:
-        ConfigError: (from `cells` and `jobs`) unknown rows or columns, a schedule that the table has not, a
-            recipe or combination of keys that train.py would refuse, a `teacher_checkpoint` for cells of
-            several teachers or of none, or a file of `known` that is no table.
+        ConfigError: (from `cells` and `jobs`) unknown rows or columns, a schedule that the table does not
+            have, a recipe or combination of keys that train.py would refuse, a `teacher_checkpoint` for cells
+            of several teachers or of none, or a file of `known` that is no table.
     """
 
     table: str
@@ -167,7 +162,7 @@ class Plan:
 
     @cached_property
     def jobs(self) -> list[Job]:
-        """Every job once (cells share some): teachers first, then seed by seed, to compare early."""
+        """Every job once (cells share some): teachers first, then by seed, so that methods compare early."""
         every = [job for cell in self.cells for job in cell.jobs if self.known_run(job) is None]
         teachers = {job.teacher.name: job.teacher for job in every if job.teacher}
         return list(
@@ -175,8 +170,8 @@ class Plan:
         )
 
     def known_run(self, job: Job) -> dict[str, Any] | None:
-        """What a file of `known` tells of this very run, as `reproduce.report` writes it."""
-        wanted = make_config(told(job.config.model_dump(mode="json", by_alias=True), self.folder))
+        """The entry of this run in a file of `known`, as `reproduce.report` writes it."""
+        wanted = make_config(without_paths(job.config.model_dump(mode="json", by_alias=True), self.folder))
         for run in self._known_runs.get(job.name, []):
             same = not differences(run["config"], wanted)
             if same and _long_enough(run["config"], len(run["test_error"]), wanted):
@@ -231,8 +226,8 @@ class Plan:
             raise ConfigError(f"{self.table} can't run: recipes/{recipe}.yaml: {error}") from None
 
 
-def told(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """`config` without the paths of this machine: those in `folder` relative to it, of others the name."""
+def without_paths(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """`config` without the paths of this machine: relative to `folder`, or else only the name."""
 
     def short(value: Any) -> Any:
         if not isinstance(value, str) or not Path(value).is_absolute():
@@ -244,7 +239,7 @@ def told(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _checked(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A run of a known file, with every key of its configuration; one that can't be used: ConfigError."""
+    """A run of a known file, with every key of its configuration; ConfigError if it can't be used."""
     if lacking := [key for key in ("config", *ERRORS, *CURVES) if run.get(key) is None]:
         raise ConfigError(f"{lacking[0]} is missing")
     if not isinstance(run["config"], dict):
@@ -265,7 +260,7 @@ def _is_percentage(value: Any) -> bool:
 
 
 def _long_enough(stored: Mapping[str, Any], epochs: int, wanted: Config) -> bool:
-    """Whether a finished run, of so many (begun) epochs, is known to be as long as `wanted`."""
+    """Whether a finished run of so many (begun) epochs is certainly as long as `wanted`."""
     steps = stored.get("max-steps")
     if steps is None:
         return epochs == wanted.epochs
@@ -273,7 +268,7 @@ def _long_enough(stored: Mapping[str, Any], epochs: int, wanted: Config) -> bool
 
 
 def with_epochs(keys: Mapping[str, Any], epochs: int) -> dict[str, Any]:
-    """A recipe's keys with other epochs: what happens at an epoch happens after the same share of them."""
+    """A recipe's keys with another number of epochs; what happens at an epoch moves in proportion."""
     keys = dict(keys)
     if start := keys.get("at-start-epoch"):
         keys["at-start-epoch"] = start * epochs // keys["epochs"]
@@ -285,7 +280,7 @@ def with_epochs(keys: Mapping[str, Any], epochs: int) -> dict[str, Any]:
 
 
 def _overlay(schedule: str, recipe: str) -> Path:
-    """The recipe of a schedule, whose keys win: that of the recipe's own folder, if there is one."""
+    """The recipe of a schedule, whose keys win: the one in the recipe's own folder, if there is one."""
     own = RECIPES / Path(recipe).parts[0] / f"{schedule}.yaml"
     return own if own.exists() else RECIPES / schedule / "base.yaml"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from at_fused import _weights
+from at_fused import _files, _weights
 from models.importers import load_state
 from trainer.errors import ConfigError
 from trainer.run_folder import CHECKPOINT, PREVIOUS
@@ -27,28 +26,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         ConfigError: the disk is full, read-only or broken; what `path` held is still there.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        _files.write_atomically(path, content)
     except OSError as error:
         kept = " (the file that was there is intact)" if path.exists() else ""
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise ConfigError(f"cannot write {path}: {error.strerror or error}{kept}") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save(path: Path, state: Any) -> None:

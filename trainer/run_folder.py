@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.errors import ConfigError
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -26,3 +32,30 @@ def state_of(folder: Path | None) -> list[tuple[int, int] | None]:
         except OSError:
             found.append(None)
     return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration that the run in `folder` has written.
+
+    Raises:
+        FileNotFoundError: there is none yet.
+        ConfigError: it is no run's.
+    """
+    config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ConfigError(f"{folder / CONFIG} is not a run's")
+    return config
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The results of the run in `folder`; FileNotFoundError until it is finished."""
+    return dict(json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of each epoch so far of the run in `folder`."""
+    try:
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [json.loads(line) for line in lines]

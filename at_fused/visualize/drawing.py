@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .layout import BAR_WIDTH, CELL, LEFT, Layout
 from .page import NORMAL, SMALL, Page, lines
+from .similarity import similarity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,8 +106,8 @@ def _draw_maps(
             axes.set_title(texts.captions[name][row.image], fontsize=SMALL, pad=2, parse_math=False)
         if style.compare_to not in (None, name):
             reference = maps[str(style.compare_to), exponent][group][row.image]
-            similarity = _similarity(maps[key][group][row.image], reference)
-            axes.set_xlabel(f"{similarity:.2f}", fontsize=SMALL, labelpad=1)
+            alike = similarity(maps[key][group][row.image][None], reference[None]).item()
+            axes.set_xlabel(f"{alike:.2f}", fontsize=SMALL, labelpad=1)
     return drawn
 
 
@@ -127,16 +128,6 @@ def _enlarged(attention: Tensor, size: Sequence[int]) -> Any:
     attention = attention / attention.max().clamp_min(tiny)  # else the squares might overflow
     attention = attention / attention.square().mean().sqrt().clamp_min(tiny)
     return _resized(attention, size).numpy()
-
-
-def _similarity(attention: Tensor, reference: Tensor) -> float:
-    """Cosine of the angle between two maps, the reference resized to the other's grid as the loss does it."""
-    if attention.shape != reference.shape:
-        reference = _resized(reference, attention.shape)
-    tiny = torch.finfo(torch.float64).tiny  # maps of gradients are small: the default of 1e-8 is not
-    return F.cosine_similarity(
-        attention.double().flatten(), reference.double().flatten(), dim=0, eps=tiny
-    ).item()
 
 
 def _resized(attention: Tensor, size: Sequence[int]) -> Tensor:

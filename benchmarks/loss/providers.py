@@ -36,7 +36,7 @@ def authors(students: Sequence[Tensor], teachers: Sequence[Tensor], p: int = 2) 
 
 
 def vecdot(students: Sequence[Tensor], teachers: Sequence[Tensor], p: int = 2) -> Tensor:
-    """The best eager form known to us: no power of the activations is stored beyond what p = 4 needs."""
+    """The best eager form that we know: it stores no power of the activations but the square, for p = 4."""
 
     def attention(feature: Tensor) -> Tensor:
         if p == 1:
@@ -91,11 +91,11 @@ class Provider:
         return self.factor * cell.loss_scale
 
     def one_pass(self, cell: Cell, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> bool:
-        """Whether the gradients come with the loss: what the backend itself says, expecting this upstream."""
+        """Whether the backend computes the gradients with the loss where it expects this upstream."""
         if self.backend is None or not backends.modules[self.backend].single_pass():
             return False
         ahead = backends.modules[self.backend].ahead
-        ahead(students, teachers, float(cell.p))  # once it is of use, the operator notes what it expects
+        ahead(students, teachers, float(cell.p))  # from now on the operator notes the upstream gradient
         self.prepare(cell, students[0].device)
         return bool(ahead(students, teachers, float(cell.p)))
 
@@ -113,13 +113,13 @@ class Provider:
         return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
     def prepare(self, cell: Cell, device: torch.device) -> None:
-        """Has the operator expect this upstream gradient, as the step before would: it goes by the last."""
+        """Make the operator expect this upstream gradient: it expects the one of the last step."""
         if self.backend is None:
             return
         student = torch.ones(1, 1, 2, 2, device=device, requires_grad=True)
         loss = at_fused.attention_loss(student, student.detach(), backend=self.backend)
         loss.backward(torch.full_like(loss, self.upstream(cell)))
-        timing.synchronizer(device)()  # a GPU's kernel makes the note
+        timing.synchronizer(device)()  # on a GPU a kernel writes the note
 
 
 def providers(device: torch.device) -> dict[str, Provider]:
@@ -143,7 +143,7 @@ def providers(device: torch.device) -> dict[str, Provider]:
 
 
 def select_providers(names: Sequence[str] | None, device: torch.device) -> list[Provider]:
-    """The named ones, "ours" being all of ours; every one without names.
+    """The named providers, "ours" for all of ours; without names, every one.
 
     Raises:
         ValueError: a name that does not run on `device`.

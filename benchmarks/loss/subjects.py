@@ -30,7 +30,7 @@ class Subject:
         self.value: Tensor | None = None
         self.error = float("nan")  # of the loss and the gradients against fp64: see `check_agreement`
         self.one_pass = provider.one_pass(cell, students, teachers)
-        # Made beforehand: in training it comes from the sum with the other losses.
+        # Made before the timing: in training it comes from the sum with the other losses.
         with torch.no_grad():
             value = self.loss(students, teachers)
             greatest = 2.0**15 if value.dtype == torch.float16 else math.inf  # twice that is infinite
@@ -38,7 +38,7 @@ class Subject:
             self.upstream = torch.full_like(value, self.scale)
 
     def release(self) -> None:
-        """Forgets the last graph and gradients, as training does after every step."""
+        """Free the last graph and gradients, as training does after every step."""
         self.value = None
         for student in self.students:
             student.grad = None
@@ -79,7 +79,7 @@ class Subject:
 
 
 def subjects(cell: Cell, providers: Sequence[Provider], device: torch.device) -> list[Subject]:
-    """Everything that runs on the cell, on the same features, after its values have been checked."""
+    """The providers that run on the cell, on the same features, their values checked."""
     if any(provider.compiled for provider in providers):
         torch._dynamo.reset()  # other cells' shapes would count against the limit of recompilations
     students, teachers = cell.make(device)
@@ -89,10 +89,10 @@ def subjects(cell: Cell, providers: Sequence[Provider], device: torch.device) ->
 
 
 def check_agreement(subjects: Sequence[Subject]) -> None:
-    """Holds the loss and gradients of each against the authors' form in fp64.
+    """Compare the loss and gradients of each with the authors' form in fp64.
 
     Raises:
-        RuntimeError: one is further off than its dtype explains.
+        RuntimeError: one differs by more than its dtype explains.
     """
     cell, students, teachers = subjects[0].cell, subjects[0].students, subjects[0].teachers
     exact = [student.detach().double().requires_grad_() for student in students]
@@ -119,7 +119,7 @@ def check_agreement(subjects: Sequence[Subject]) -> None:
 
 
 def tolerance(provider: Provider, cell: Cell) -> float:
-    """What the loss and each gradient may be off, in parts of their norm."""
+    """The error that the loss and each gradient may have, relative to their norm."""
     if provider.backend:  # sums over the channels in fp32, then one rounding to the gradient's dtype
         channels = max(shape[0] for shape in (*cell.student, *cell.teacher))
         return channels * torch.finfo(torch.float32).eps + torch.finfo(DTYPES[cell.dtype]).eps / 2

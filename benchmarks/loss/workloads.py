@@ -32,7 +32,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the loss suite: the features of a student and a teacher, and how they lie in memory."""
+    """One cell of the loss suite: the features of a student and a teacher, and their layout in memory."""
 
     workload: str
     batch: int
@@ -64,10 +64,10 @@ class Cell:
         return 2.0**22 if self.dtype == "fp16" else 1.0
 
     def bytes_moved(self, mode: str = "both", one_pass: bool = False) -> int:
-        """The least that must move between memory and chip, S and T being the two sides' activations.
+        """The bytes that must move between memory and chip; S and T are the activations of both sides.
 
         Forward reads both, S + T; backward reads the student's and writes its gradient, 2S. In one pass
-        forward writes the gradient of the samples it holds, 2S + T, and nothing is left to backward.
+        forward also writes the gradient of the samples that it holds, 2S + T, and backward does nothing.
         """
         s, t = self.student_bytes, self.teacher_bytes
         if one_pass:

@@ -10,13 +10,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells of each start and stop otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler reports each start and stop
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most memory that `run` holds at once beyond what it found and what it leaves behind.
+    """The most memory that `run` holds at once, beyond what is allocated before it and what it keeps.
 
-    Counts what PyTorch's allocator hands out: for forward and backward, everything but inputs and gradients.
+    Counts what PyTorch's allocator gives out: for forward and backward, everything but inputs and gradients.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -49,16 +49,16 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """Waits until the device has finished all it was given."""
+    """A function that waits until the device has finished its work."""
     return torch.cuda.synchronize if device.type == "cuda" else nothing
 
 
 def interleave(
     contenders: Sequence[Contender], rounds: int, device: torch.device, *, warmup: int = 3
 ) -> dict[str, Times]:
-    """Times every contender once per round, in an order drawn anew: none always follows the same one.
+    """The times of every contender, which runs once per round; each round has a new random order.
 
-    A round shares what the machine is doing at the moment: compare round by round, or by medians.
+    The load of the machine is much the same within a round: compare round by round, or by medians.
     On a GPU events take the time, and its L2 cache holds nothing of the inputs when a contender starts.
     """
     synchronize, elapsed = synchronizer(device), stopwatch(device)
@@ -102,9 +102,9 @@ def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
 
 
 def evictor(device: torch.device) -> Callable[[], object]:
-    """Fills a GPU's L2 cache with something else; on a CPU leaves the caches as they are.
+    """A function that fills a GPU's L2 cache with other data; on a CPU it does nothing.
 
-    By reading: what a fill leaves in the cache has yet to be written, in the time of what is measured next.
+    It reads: data that it wrote would be written back while the next contender is timed.
     """
     if device.type != "cuda":
         return nothing

@@ -1,6 +1,6 @@
-"""The training loop one writes by hand, by which `trainer_suite` times train.py: no log, files or checks.
+"""A training loop as one writes it by hand, without log, files or checks, for suite "trainer".
 
-It shares with train.py the images, the model, the batch size and the arithmetic, and none of the code.
+It has the images, the model, the batch size and the arithmetic of train.py, and none of its code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 class InMemory:
     """Shuffled batches of images (N, H, W, 3) uint8: random crops of the reflected image, random flips.
 
-    Where `steps` is given, an epoch ends after as many batches.
+    With `steps`, an epoch ends after so many batches.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class FromFolder:
 
 
 def epoch(student: TappedModel, teacher: TappedModel | None, batches: Batches) -> Callable[[], None]:
-    """Trains `student` for an epoch when called, in bf16 and channels-last; with AT if there is a teacher."""
+    """A function that trains `student` for an epoch, in bf16 and channels-last; with AT from a teacher."""
     device = next(student.parameters()).device
     student.train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)

@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import linear_regression
 
 import torch
 
 import models
-from benchmarks.report import Row, Table
+from at_fused.visualize.paths import user_path
+from benchmarks.report import Result, Row, Table
 from benchmarks.suites.trainer_probe import PHASES, peak_bytes, start_up
 
+ROUNDS = 1
 BATCHES = (128, 256, 512)
 STUDENT, TEACHER = "wrn-16-1", "wrn-16-2"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cifar", type=user_path, metavar="DIR", help="has cifar-10-batches-py (default: digits)"
+    )
+
+
+def measure(options: argparse.Namespace, device: torch.device, rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yields the rows of both parts together.
+
+    Raises:
+        ValueError: the device is not a CPU.
+    """
+    if device.type != "cpu":
+        raise ValueError("--suite footprint takes --device cpu")
+    if not rows:
+        compiled, batches = ([False], (8, 16)) if options.quick else ([False, True], BATCHES)
+        yield measure_start_up(options.cifar, compiled) + measure_memory(options.cifar, batches)
+
+
+def result(rows: Sequence[Row], options: argparse.Namespace, device: torch.device) -> Result:
+    return Result(f"Start and memory of train.py, {STUDENT}, bf16, channels_last", tables(rows))
 
 
 def flags(data_dir: Path | None, scratch: Path, *, teacher: bool) -> list[str]:

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from benchmarks.loss.providers import Provider
+from benchmarks.loss.providers import Provider, select_providers
 from benchmarks.loss.subjects import subjects
 from benchmarks.loss.tables import extra_percent
 from benchmarks.loss.workloads import Cell
 from benchmarks.measure import counters
-from benchmarks.report import Row, Table
+from benchmarks.report import Result, Row, Table
+from benchmarks.suites import loss
+from benchmarks.suites.loss import arguments as arguments
+
+ROUNDS = 1
+
+
+def measure(options: argparse.Namespace, device: torch.device, rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yields the rows of each cell."""
+    providers = select_providers(options.providers, device)
+    for cell in loss.lacking(loss.chosen_cells(options, device), rows, providers):
+        yield measure_cell(cell, providers, device)
+
+
+def result(rows: Sequence[Row], options: argparse.Namespace, device: torch.device) -> Result:
+    return Result("Memory of forward and backward", [table(rows)])
 
 
 def measure_cell(cell: Cell, providers: Sequence[Provider], device: torch.device) -> list[Row]:

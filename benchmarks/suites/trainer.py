@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import sys
 import tempfile
@@ -16,9 +17,10 @@ from torch import Tensor
 
 import models
 from at_fused.visualize.images import class_folders
+from at_fused.visualize.paths import user_path
 from benchmarks.measure import timing
-from benchmarks.report import Row, Table
-from benchmarks.suites import bare_loop
+from benchmarks.report import Result, Row, Table
+from benchmarks.suites import bare_loop, footprint
 from models import TappedModel
 from trainer import distributed, loop
 from trainer.config import Config, make_config
@@ -27,8 +29,30 @@ from trainer.data.sampling import stratified
 from trainer.run import Run
 from trainer.torch_settings import set_up_torch
 
+ROUNDS = 9
 CPU = torch.device("cpu")
 FOLDER = "imagefolder"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    footprint.arguments(parser)
+    parser.add_argument(
+        "--folder", type=user_path, metavar="DIR", help="has train and val, of ImageNet-like files"
+    )
+
+
+def measure(options: argparse.Namespace, device: torch.device, rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yields the row of each case."""
+    there = {row["case"] for row in rows}
+    for case, data_dir in cases(options.cifar, options.folder, device).items():
+        if case.name not in there:
+            print(case.name, flush=True)
+            measured = case.quick() if options.quick else case
+            yield [measure_case(measured, data_dir, options.rounds, device)]
+
+
+def result(rows: Sequence[Row], options: argparse.Namespace, device: torch.device) -> Result:
+    return Result("train.py beside a loop written by hand, bf16, channels_last", [table(rows)])
 
 
 @dataclass(frozen=True)
@@ -179,7 +203,7 @@ def bare_batches(case: Case, run: Run, config: Config) -> bare_loop.Batches:
     return bare_loop.FromFolder(root, chosen, case.batch, case.size, case.workers)
 
 
-def measure(case: Case, data_dir: Path | None, rounds: int, device: torch.device = CPU) -> Row:
+def measure_case(case: Case, data_dir: Path | None, rounds: int, device: torch.device = CPU) -> Row:
     """Images per second of both, and the ratio round by round."""
     computed: dict[str, list[float]] = {}
 

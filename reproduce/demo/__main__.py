@@ -1,7 +1,7 @@
-"""What `make demo` runs: on handwritten digits, a teacher, and students alone and with attention transfer.
+"""What `make demo` runs: a teacher, and students alone and with attention transfer, on handwritten digits.
 
-Prints a table of test errors and times; leaves report.md, curves.png, attention_maps.png and the trainings
-themselves in the output folder. Flags it does not know go to every training, e.g. `--epochs 2`.
+It prints a table of test errors and times, and writes report.md, curves.png, attention_maps.png and the
+trainings themselves into the output folder. Unknown flags go to every training, e.g. `--epochs 2`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,11 +33,11 @@ def say(line: str) -> None:
 
 
 class DemoError(Exception):
-    """What the demo says in one line before it exits with code 2."""
+    """The line that the demo prints before it exits with code 2."""
 
 
 def claim(folder: Path) -> None:
-    """Make `folder` empty and ours; refuse one that the demo did not make."""
+    """Make `folder` or empty it; DemoError where the demo did not make it."""
     if folder.exists():
         if not (folder / MARK).is_file():
             raise DemoError(
@@ -49,86 +48,77 @@ def claim(folder: Path) -> None:
     (folder / MARK).touch()
 
 
-def log_of(folder: Path) -> Path:
-    return folder.parent / f"{folder.name}.log"
+@dataclass(frozen=True)
+class Training:
+    """A recipe to train into `folder`; what it prints goes to a log beside."""
+
+    recipe: str
+    folder: Path
+    flags: tuple[object, ...]
+    teacher: Path | None = None  # the folder of the training whose weights it needs
+
+    @property
+    def log(self) -> Path:
+        return self.folder.parent / f"{self.folder.name}.log"
+
+    def start(self) -> subprocess.Popen[bytes] | None:
+        """A process of its own; None while the teacher is not finished."""
+        if self.teacher and not (self.teacher / "summary.json").exists():
+            return None
+        recipe = ROOT / "recipes" / "demo" / f"{self.recipe}.yaml"
+        command = [sys.executable, ROOT / "train.py", "--recipe", recipe, "--output-dir", self.folder]
+        command += ["--teacher-checkpoint", self.teacher / "model.pt"] if self.teacher else []
+        with open(self.log, "wb") as log:
+            return subprocess.Popen(
+                [str(word) for word in (*command, "--threads", 1, *self.flags)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def epoch(self) -> str:
+        """How far it is, by its log."""
+        try:
+            found = re.findall(r"^epoch \d+/\d+", self.log.read_text(encoding="utf-8"), re.MULTILINE)
+        except OSError:
+            found = []
+        return found[-1] if found else "starts"
 
 
-def train(recipe: str, folder: Path, flags: Sequence[object]) -> Run:
-    """Train a recipe in a process of its own that writes into `folder`; what it says goes to a log beside."""
+def train_all(folder: Path, seeds: int, jobs: int, flags: Sequence[str]) -> list[Run]:
+    """Train a teacher and, for each seed, both students: `jobs` processes of one thread each at a time."""
+    from reproduce import runner  # imports torch, as all below does
     from reproduce.demo.report import Run
 
-    log = log_of(folder)
-    path = ROOT / "recipes" / "demo" / f"{recipe}.yaml"
-    command = [sys.executable, ROOT / "train.py", "--recipe", path, "--output-dir", folder, *flags]
-    with open(log, "w", encoding="utf-8") as file:
-        code = subprocess.run(
-            [str(word) for word in command], stdout=file, stderr=subprocess.STDOUT
-        ).returncode
-    if code:
-        last = (log.read_text(encoding="utf-8", errors="replace").splitlines() or ["it said nothing"])[-1]
-        raise DemoError(f"{folder.name} stopped with code {code}: {last} (see {log})")
-    return Run(recipe, folder)
+    teacher = Training("teacher", folder / "teacher", (*flags,))
+    students = [
+        Training(recipe, folder / f"{recipe}-{seed}", ("--seed", seed, *flags), taught_by)
+        for recipe, taught_by in (("student", None), ("student-at", teacher.folder))
+        for seed in range(seeds)
+    ]
+    begun = time.perf_counter()
+    started: dict[Training, float] = {}
 
+    def start(training: Training) -> subprocess.Popen[bytes] | None:
+        process = training.start()
+        if process:
+            started[training] = time.perf_counter()
+        return process
 
-@contextmanager
-def progress(running: list[Path], say: Callable[[str], None]) -> Iterator[None]:
-    """Say every few seconds how far the trainings in the folders `running` are."""
-    begun, ended = time.perf_counter(), Event()
+    def progress(running: Collection[Training]) -> None:
+        parts = [f"{training.folder.name} {training.epoch()}" for training in running]
+        say(f"  {time.perf_counter() - begun:3.0f} s: {', '.join(parts)}")
 
-    def watch() -> None:
-        while not ended.wait(PROGRESS_SECONDS):
-            parts = [f"{folder.name} {epoch_of(folder)}" for folder in list(running)]
-            say(f"  {time.perf_counter() - begun:3.0f} s: {', '.join(parts)}")
-
-    thread = Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def epoch_of(folder: Path) -> str:
-    """How far a training is, by its log."""
-    try:
-        found = re.findall(r"^epoch \d+/\d+", log_of(folder).read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        found = []
-    return found[-1] if found else "starts"
-
-
-def train_all(
-    folder: Path, seeds: int, jobs: int, flags: Sequence[str], say: Callable[[str], None]
-) -> list[Run]:
-    """A teacher and, for each seed, both students: `jobs` processes of one thread each at a time."""
-
-    running: list[Path] = []
-
-    def train_and_tell(recipe: str, name: str, *own: object) -> Run:
-        begun = time.perf_counter()
-        running.append(folder / name)
-        run = train(recipe, folder / name, ["--threads", 1, *own, *flags])
-        running.remove(folder / name)
-        say(f"{name:<13} test error {run.error:5.2f} %  {time.perf_counter() - begun:3.0f} s")
-        return run
-
-    with progress(running, say), ThreadPoolExecutor(jobs) as pool:
-        try:
-            teacher = pool.submit(train_and_tell, "teacher", "teacher")
-            students = [
-                pool.submit(train_and_tell, "student", f"student-{seed}", "--seed", seed)
-                for seed in range(seeds)
-            ]
-            lesson = ["--teacher-checkpoint", teacher.result().folder / "model.pt"]
-            students += [
-                pool.submit(train_and_tell, "student-at", f"student-at-{seed}", "--seed", seed, *lesson)
-                for seed in range(seeds)
-            ]
-            return [teacher.result(), *(student.result() for student in students)]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # those under way end by themselves
-            raise
+    waiting = [teacher, *students]
+    runs = {training: Run(training.recipe, training.folder) for training in waiting}
+    with closing(runner.run(waiting, start, jobs, progress, PROGRESS_SECONDS)) as ended:
+        for training, code in ended:
+            name = training.folder.name
+            if code:
+                last = runner.last_line(training.log)
+                raise DemoError(f"{name} stopped with code {code}: {last} (see {training.log})")
+            seconds = time.perf_counter() - started[training]
+            say(f"{name:<13} test error {runs[training].error:5.2f} %  {seconds:3.0f} s")
+    return list(runs.values())
 
 
 def _folder(text: str) -> Path:
@@ -161,11 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace, flags: Sequence[str], begun: float) -> int:
     """Train, and write the results; returns the exit code."""
+    folder = arguments.output_dir
     try:
         if arguments.seeds < 1 or arguments.jobs < 1:
             raise DemoError("--seeds and --jobs must be at least 1")
-        claim(arguments.output_dir)
-        runs = train_all(arguments.output_dir, arguments.seeds, arguments.jobs, flags, say)
+        claim(folder)
+        runs = train_all(folder, arguments.seeds, arguments.jobs, flags)
     except DemoError as error:
         print(f"reproduce.demo: error: {error}", file=sys.stderr)
         return 2
@@ -177,11 +168,9 @@ def run(arguments: argparse.Namespace, flags: Sequence[str], begun: float) -> in
 
     from reproduce.demo.report import write_results
 
-    table = write_results(arguments.output_dir, runs, time.perf_counter() - begun)
+    table = write_results(folder, runs, time.perf_counter() - begun)
     Console(highlight=False).print(table)
-    print(
-        f"{time.perf_counter() - begun:.0f} s in all; report, curves and maps are in {arguments.output_dir}"
-    )
+    print(f"{time.perf_counter() - begun:.0f} s in all; report, curves and maps are in {folder}")
     return 0
 
 

@@ -1,8 +1,7 @@
-"""What the demo makes of its finished trainings: a table, curves, attention maps and a report."""
+"""The results of the demo's trainings: a table, curves, attention maps and a report."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -12,16 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from rich.box import SIMPLE
 from rich.table import Table
 
-import at_fused
-import models
 from at_fused.visualize import attention_grid
-from trainer import checkpoint, data
+from reproduce.answers import Answers, map_likeness, network_answers
+from trainer import data, run_folder
 from trainer.config import make_config
 from trainer.data import LabelledImages
 from trainer.data.in_memory import Split
@@ -81,15 +78,15 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return yaml.safe_load((self.folder / "config.yaml").read_text())
+        return run_folder.read_config(self.folder)
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        return json.loads((self.folder / "summary.json").read_text())
+        return run_folder.read_summary(self.folder)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return run_folder.read_metrics(self.folder)
 
     @property
     def error(self) -> float:
@@ -102,14 +99,6 @@ class Run:
         return sum(epoch["seconds"] for epoch in self.metrics)
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a network makes of N test images."""
-
-    predictions: Tensor  # (N,) classes
-    maps: list[Tensor]  # per group (N, h, w), of l2 norm 1
-
-
 def write_results(folder: Path, runs: Sequence[Run], seconds: float) -> Table:
     """Write curves.png, attention_maps.png and report.md into `folder`; returns the table to print."""
     groups = by_recipe(runs)
@@ -118,7 +107,8 @@ def write_results(folder: Path, runs: Sequence[Run], seconds: float) -> Table:
     found = {run: answers(run, dataset) for run in runs}
     teacher = found[groups["teacher"][0]]
     likeness = {
-        recipe: median_of([likenesses(found[r], teacher) for r in group]) for recipe, group in groups.items()
+        recipe: median_of([map_likeness(found[run], teacher) for run in group])
+        for recipe, group in groups.items()
     }
     images = {recipe: f"{len(dataset.train):,}" for recipe, dataset in sets.items()}
     lines = rows(runs, images, likeness)
@@ -231,20 +221,8 @@ def curves(runs: Sequence[Run]) -> Figure:
 
 
 def answers(run: Run, dataset: LabelledImages) -> Answers:
-    """Predictions and attention maps of a trained network for every test image."""
-    model = models.create(run.config["student"], dataset.classes).eval()
-    checkpoint.load_weights(model, run.folder / "model.pt", run.config["student"])
-    ((images, _),) = dataset.evaluation_batches([slice(0, len(dataset.test))])
-    with torch.no_grad(), at_fused.FeatureTaps(model, model.taps["groups"]) as taps:
-        predictions = model(images).argmax(1)
-        maps = [at_fused.attention_map(feature, normalize="l2") for feature in taps.features]
-    return Answers(predictions, maps)
-
-
-def likenesses(student: Answers, teacher: Answers) -> list[float]:
-    """Per group, the mean over images of the cosine similarity between the two networks' maps."""
-    pairs = zip(student.maps, teacher.maps, strict=True)
-    return [(own * other).flatten(1).sum(1).mean().item() for own, other in pairs]
+    """The answers of a trained network to every test image."""
+    return network_answers(run.config["student"], run.folder / "model.pt", dataset.names, dataset)
 
 
 def telling_images(labels: Tensor, alone: Tensor, at: Tensor, count: int) -> tuple[list[int], int]:

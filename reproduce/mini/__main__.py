@@ -2,13 +2,13 @@
 
     python -m reproduce.mini --data-dir DIR --out runs/mini
 
-DIR holds train and val (or test), with a folder for each class. A little more than half of the classes stand
-for ImageNet: Table 5's teacher and students are trained on them from scratch. The others stand for Scenes:
-Table 4 fine-tunes the teacher and the student of Table 5 on them. The recipes are the paper's, shrunk
-(recipes/mini).
+DIR holds train and val (or test), with a folder for each class. A little more than half of the classes take
+the place of ImageNet: Table 5 trains its teacher and students on them from scratch. The others take the place
+of Scenes: Table 4 fine-tunes the teacher and the student of Table 5 on them. The recipes are small versions
+of the paper's (recipes/mini).
 
-Finished trainings are kept, interrupted ones continue. OUT/mini.md has the errors and how alike the maps are;
-OUT/maps-table5.png and OUT/maps-table4.png show the maps as Figure 6, before and after attention transfer.
+It keeps finished trainings and continues interrupted ones. OUT/mini.md has the errors and the likeness of the
+maps; OUT/maps-table5.png and OUT/maps-table4.png show the maps like Figure 6, before and after transfer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trainer.errors import ConfigError
 
 @lenient_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 where a training has failed, 2 after a mistake, which is told in one line."""
+    """Returns the exit code: 1 if a training has failed, 2 after a mistake (one line)."""
     begun = time.perf_counter()
     try:
         args = _parse(argv)

@@ -12,7 +12,7 @@ from trainer.data.files import difference
 from trainer.errors import ConfigError
 from trainer.recipes import load_recipe
 
-# What Imagenette's folders hold: names for the pictures. Others are called as their folders.
+# Names of Imagenette's classes, for the pictures; other classes have the names of their folders.
 IMAGENETTE = {
     "n01440764": "tench",
     "n02102040": "springer",

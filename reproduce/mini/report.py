@@ -1,23 +1,19 @@
-"""What the small Tables 4 and 5 have given: errors, how alike the maps are, and pictures of them."""
+"""The results of the small Tables 4 and 5: errors, the likeness of the maps, and pictures of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
 
-import at_fused
-import models
 from at_fused.visualize import attention_grid
 from benchmarks import report
+from reproduce.answers import Answers, map_likeness, network_answers
 from reproduce.mini.plan import Runs
 from reproduce.tables import LABELS, TABLES, Job
-from trainer import checkpoint, data
+from trainer import data
 from trainer.data import LabelledImages
 
 LAYERS = ["layer3", "layer4"]  # whose maps both tables compare
@@ -30,16 +26,7 @@ student alone. Paper: ImageNet (Table 5) and Scenes (Table 4), not these images.
 cosine similarity of the maps to the teacher's, the mean over the test images.
 """
 PICTURES = 6  # rows of a picture
-BATCH = 100
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a network makes of N test images."""
-
-    predictions: list[str]  # names of classes
-    maps: list[Tensor]  # per layer (N, h, w)
 
 
 def write(folder: Path, runs: Runs) -> str:
@@ -65,26 +52,14 @@ def write(folder: Path, runs: Runs) -> str:
 
 
 def answers(job: Job, dataset: LabelledImages) -> Answers:
-    """Of the network that `job` has trained, perhaps on other classes, for every test image of `dataset`."""
-    config = job.config
-    classes = data.load(config, CPU).names
-    model = models.create(config.student, len(classes)).eval()
-    checkpoint.load_weights(model, job.folder / "model.pt", config.student)
-    predictions: list[str] = []
-    maps: list[list[Tensor]] = []
-    parts = [slice(i, min(i + BATCH, len(dataset.test))) for i in range(0, len(dataset.test), BATCH)]
-    for images, _ in dataset.evaluation_batches(parts):
-        with torch.no_grad(), at_fused.FeatureTaps(model, LAYERS) as taps:
-            predictions += [classes[i] for i in model(images).argmax(1).tolist()]
-            maps.append([at_fused.attention_map(feature, normalize="l2") for feature in taps.features])
-    return Answers(predictions, [torch.cat(layer) for layer in zip(*maps, strict=True)])
+    """The answers of the network that `job` has trained, perhaps on other classes, to the test images."""
+    names = data.load(job.config, CPU).names
+    return network_answers(job.config.student, job.folder / "model.pt", names, dataset, LAYERS)
 
 
 def likeness(own: Answers, teacher: Answers) -> dict[str, float]:
-    """Per layer, the mean over images of the cosine similarity between two networks' maps."""
-    pairs = zip(own.maps, teacher.maps, strict=True)
-    values = [F.cosine_similarity(s.flatten(1), t.flatten(1)).mean().item() for s, t in pairs]
-    return dict(zip(LAYERS, values, strict=True))
+    """Per layer, how alike the maps are."""
+    return dict(zip(LAYERS, map_likeness(own, teacher), strict=True))
 
 
 # --- the table ------------------------------------------------------------------------------------------
@@ -136,7 +111,7 @@ def heading(table: str, teacher: Job, dataset: LabelledImages) -> str:
 
 
 def picture(dataset: LabelledImages, networks: dict[str, Answers]) -> Figure:
-    """As Figure 6: test images at even distances, so of every class, and what each network sees and where."""
+    """Like Figure 6: evenly spaced test images, so of every class, and what each network sees and where."""
     count = min(PICTURES, len(dataset.test))
     places = [i * len(dataset.test) // count for i in range(count)]
     batches = dataset.evaluation_batches([slice(i, i + 1) for i in places])
@@ -146,6 +121,9 @@ def picture(dataset: LabelledImages, networks: dict[str, Answers]) -> Figure:
         {name: [maps[places] for maps in found.maps] for name, found in networks.items()},
         groups=LAYERS,
         labels=[dataset.names[label] for label in dataset.test.labels[places].tolist()],
-        captions={name: [found.predictions[i] for i in places] for name, found in networks.items()},
+        captions={
+            name: [found.names[label] for label in found.predictions[places].tolist()]
+            for name, found in networks.items()
+        },
         compare_to="teacher",
     )

@@ -22,6 +22,7 @@ from benchmarks import __main__ as run
 from benchmarks import gpu, report
 from benchmarks.pieces import ROOT, SAVE_EVERY_S, Piece, Record, run_missing
 from benchmarks.report import Row
+from benchmarks.suites import loss as loss_suite
 
 
 def piece(name: str, code: str, **others: Any) -> Piece:
@@ -179,7 +180,8 @@ class Simulated:
         there = report.read(folder, "loss-cuda").get("rows", [])
         cell = f"{self.piece.name}-{len(there)}"
         found = [row | {"cell": cell, "timing": "graph"} for row in self.machine.rows]
-        run.write_loss(folder, "cuda", {"gpu": "imagined"}, [*there, *found])
+        rows = [*there, *found]
+        loss_suite.page(rows, draws=False).write(folder, "loss-cuda", rows, {"gpu": "imagined"})
         self.machine.measured.append((self.machine.now, cell))
         self.next_cell += 20
 
@@ -295,7 +297,7 @@ def test_cells_that_are_there_are_not_measured_again(
     suite: str, choice: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[str] = []
-    measure = run.loss_suite.measure_cell
+    measure = loss_suite.measure_cell
 
     def until_killed(cell: Any, *arguments: Any, **options: Any) -> list[Row]:
         if len(measured) == 2 and not (tmp_path / "again").exists():
@@ -303,7 +305,7 @@ def test_cells_that_are_there_are_not_measured_again(
         measured.append(cell.name)
         return measure(cell, *arguments, **options)
 
-    monkeypatch.setattr(run.loss_suite, "measure_cell", until_killed)
+    monkeypatch.setattr(loss_suite, "measure_cell", until_killed)
     command = ["--suite", suite, "--quick", "--providers", "authors", "--out", str(tmp_path), *choice]
     with pytest.raises(KeyboardInterrupt):
         run.main([*command, "--resume"])
@@ -353,7 +355,7 @@ def test_of_tests_for_every_backend_those_of_the_gpu_are_pieces(tmp_path: Path) 
 
 def test_commands_of_the_pieces_are_understood(tmp_path: Path) -> None:
     commands = [list(p.command) for p in gpu.pieces(tmp_path, "cuda", True, tmp_path, True)]
-    options = [run.arguments(c[c.index("benchmarks.run") + 1 :]) for c in commands if "benchmarks.run" in c]
+    options = [run.arguments(c[c.index("benchmarks") + 1 :]) for c in commands if "--suite" in c]
     assert [option.cifar for option in options if option.suite == "trainer"] == [tmp_path]
     assert all(option.resume for option in options if option.suite in ("loss", "scaling"))
     first = options[0]
@@ -500,13 +502,12 @@ def test_a_page_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monk
     report.write(tmp_path, "page", "old", [{"a": 1}], {})
     before = {path.name: path.read_text() for path in tmp_path.iterdir()}
 
-    def full(self: Path, text: str, **options: Any) -> int:
-        self.open("w").write(text[:1])
+    def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         report.write(tmp_path, "page", "new", [{"a": 2}], {})
-    after = {path.name: path.read_text() for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    after = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert after == before
     assert json.loads(after["page.json"]) == {"rows": [{"a": 1}]}

@@ -639,7 +639,7 @@ def test_steps_are_medians_of_processes(monkeypatch: pytest.MonkeyPatch) -> None
         return [{"mode": "eager", "step": "s", "median_ms": time, "ratio": ratio, "peak_bytes": 7}]
 
     monkeypatch.setattr(step_probe, "in_a_process", one)
-    (row,) = step_suite.measure(22, CPU, 5, 3, "fp32")
+    (row,) = step_suite.measure_steps(22, CPU, 5, 3, "fp32")
     assert (row["median_ms"], row["least_ms"], row["most_ms"]) == (11.0, 10.0, 12.0)
     assert row["cost_percent"] == pytest.approx(2)
     assert (row["least_cost_percent"], row["most_cost_percent"]) == (pytest.approx(0), pytest.approx(6))

@@ -90,7 +90,7 @@ def test_both_do_the_same_work(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 def test_compiled_and_with_graphs() -> None:
     """What a GPU is asked, here without one."""
-    row = trainer_suite.measure(replace(TOY, compile=True, cuda_graphs=True), None, 1)
+    row = trainer_suite.measure_case(replace(TOY, compile=True, cuda_graphs=True), None, 1)
     assert (row["compile"], row["cuda_graphs"]) == (True, True)
     assert row["ratio"] > 0
 
@@ -163,7 +163,7 @@ def test_ratios_are_of_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "interleave", interleave)
     monkeypatch.setattr(trainer_suite, "processor_seconds", lambda: clock)
     monkeypatch.setattr(trainer_suite, "contenders", lambda *_: nullcontext((both, waits)))
-    row = trainer_suite.measure(TOY, None, 3)
+    row = trainer_suite.measure_case(TOY, None, 3)
     assert (row["ratio"], row["images_per_second"], row["bare_images_per_second"]) == (0.8, 24, 30)
     assert row["processor_ratio"] == pytest.approx(0.9)
     assert row["more_ms_per_step"] == pytest.approx(400 / 3)

@@ -1,4 +1,4 @@
-"""What the library's tests share: backends and their devices, memory layouts, comparison with the truth."""
+"""Shared by the library's tests: backends and their devices, memory layouts, comparison with the truth."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 import at_fused
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# Triton without a GPU: a process of its own, in which nothing else is tested and shapes are small, for the
-# interpreter takes milliseconds where a kernel takes microseconds.
+# Triton without a GPU: a process that tests nothing else, with small shapes, because the interpreter takes
+# milliseconds where a kernel takes microseconds.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("triton",) if INTERPRETED else at_fused.available_backends()
 FUSED = [name for name in BACKENDS if name != "reference"]
@@ -54,7 +54,7 @@ def misaligned(x: Tensor) -> Tensor:
 
 
 def sliced(x: Tensor) -> Tensor:
-    """A window into a bigger tensor of NaN: reading one element too far shows."""
+    """A window into a bigger tensor of NaN, which shows if one element too many is read."""
     big = x.new_full([2 * x.shape[0], x.shape[1] + 2, *(n + 3 for n in x.shape[2:])], torch.nan)
     window = big[::2, 1:-1]
     for dim, n in enumerate(x.shape[2:], start=2):

@@ -1,4 +1,4 @@
-"""Trainings small enough for a test, alone and over ranks: how they are started, and what they leave."""
+"""Trainings small enough for a test, alone and over ranks: how they start, and what they write."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def dashed(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(folder: Path, **keys: Any) -> int:
-    """train.py in this process; the threads it sets are set back by the fixture."""
+    """The exit code of train.py in this process; a fixture restores the number of threads that it sets."""
     return train.main(flags(SMALL | dashed(keys) | {"output-dir": folder}))
 
 
@@ -100,7 +100,7 @@ def launch(ranks: int, folder: Path, **keys: Any) -> subprocess.CompletedProcess
 
 
 def in_a_child(work: Callable[[], int]) -> int:
-    """A forked process, which spares every run the imports; its number."""
+    """The number of a forked process, which needs no imports of its own."""
     if torch.cuda.is_available():
         pytest.skip("where there is CUDA, autograd's threads do not survive a fork")
     child = os.fork()
@@ -128,7 +128,7 @@ def free_port() -> int:
 def fork_ranks(
     ranks: int, folder: Path, main: Callable[[list[str]], int] = train.main, **keys: Any
 ) -> subprocess.CompletedProcess[str]:
-    """What `launch` does, sooner: without torchrun and the imports."""
+    """Like `launch`, but faster: without torchrun and the imports."""
     if torch.cuda.is_available() and main is train.main:  # see `in_a_child`
         return launch(ranks, folder, **keys)
     words = flags(DISTRIBUTED | dashed(keys) | {"output-dir": folder})

@@ -11,7 +11,7 @@ COUNTED = re.compile(WIDE.pattern + r"|\bSHFL\b")
 FP64 = re.compile(r"\b(D(FMA|ADD|MUL|SETP)|MUFU\.\w+64\w*|F2F\.F(64\.F32|32\.F64))\b")
 JUMP = re.compile(r"\bBRA\b(.*?)`\((\.L_\w+)\)")
 
-# What becomes of a feature's dtype where its vectors are taken apart.
+# The instruction that unpacks the vectors of a dtype.
 DTYPES = {"fp16": "HADD2.F32", "bf16": "0xffff0000"}
 
 

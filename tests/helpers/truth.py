@@ -2,8 +2,8 @@
 
 Nothing here imports `at_fused` or uses autograd. Features are `(B, C, *spatial)` float64 arrays.
 
-Every number comes with its *size*: the error it would have if each intermediate (map, norm, normalised
-map) carried a relative error of 1. With unit roundoff `e` a result may be off by `ROUNDINGS * e * size`.
+Every number has a *size*: its error if each intermediate result (map, norm, normalised map) had a relative
+error of 1. With unit roundoff `e` a result may differ by `ROUNDINGS * e * size`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import time
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,11 @@ import yaml
 from paths import ROOT
 
 import models
+from reproduce import runner
+from reproduce.answers import Answers, map_likeness
 from reproduce.demo import __main__ as demo
 from reproduce.demo import report as demo_report
-from reproduce.demo.report import Answers, Run
+from reproduce.demo.report import Run
 
 ERRORS = {"teacher": [3.0], "student": [30.0, 10.0, 20.0], "student-at": [15.0, 9.0, 12.0]}
 
@@ -91,7 +93,7 @@ def test_likeness_is_the_mean_cosine_of_maps() -> None:
         return Answers(torch.zeros(len(rows)), [maps[:, :, None]])
 
     student, teacher = answers([1, 0], [1, 0], [1, 1]), answers([2, 0], [0, 1], [1, 0])
-    assert demo_report.likenesses(student, teacher) == pytest.approx([(1 + 0 + 0.5**0.5) / 3])
+    assert map_likeness(student, teacher) == pytest.approx([(1 + 0 + 0.5**0.5) / 3])
 
 
 def test_telling_images_prefers_those_that_at_turned() -> None:
@@ -132,18 +134,21 @@ def test_a_failing_training_ends_the_demo_with_its_last_line(
     assert message.count("\n") == 1
 
 
-def test_shows_how_far_the_trainings_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shows_how_far_the_trainings_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(demo, "PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
     (tmp_path / "teacher.log").write_text("wrn\nepoch 1/24  test error\nepoch 2/24  test error\nstep 9/40\n")
-    said: list[str] = []
-    with demo.progress([tmp_path / "teacher", tmp_path / "student-0"], said.append):
-        deadline = time.monotonic() + 30
-        while len(said) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
+    lasts = {"teacher": "sleep 0.3; exit 1", "student": "exec sleep 60"}
+    monkeypatch.setattr(
+        demo.Training, "start", lambda self: subprocess.Popen(["sh", "-c", lasts[self.recipe]])
+    )
+    with pytest.raises(demo.DemoError, match="stopped with code 1: step 9/40"):
+        demo.train_all(tmp_path, 1, 2, [])
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) > 2
     assert all(re.fullmatch(r" +\d+ s: teacher epoch 2/24, student-0 starts", line) for line in said[:2])
-    count = len(said)
-    time.sleep(0.05)
-    assert len(said) == count, "it ends with the trainings"
 
 
 def test_recipes_differ_only_in_what_is_compared() -> None:

@@ -12,6 +12,7 @@ import torch
 from paths import ROOT
 from PIL import Image
 
+from reproduce.answers import Answers
 from reproduce.command_line import exclusive
 from reproduce.mini import __main__ as mini
 from reproduce.mini import plan, report
@@ -136,8 +137,8 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_likeness_of_maps() -> None:
-    def answers(*maps: list[list[float]]) -> report.Answers:
-        return report.Answers(["ant"] * 2, [torch.tensor(layer)[:, None] for layer in maps])
+    def answers(*maps: list[list[float]]) -> Answers:
+        return Answers(torch.zeros(2), [torch.tensor(layer)[:, None] for layer in maps])
 
     teacher = answers([[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]])
     student = answers([[2.0, 0.0], [5.0, 0.0]], [[3.0, 3.0], [1.0, 0.0]])
