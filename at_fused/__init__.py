@@ -5,7 +5,7 @@ from .backends import available_backends
 from .distillation import distillation_loss
 from .gradients import gradient_attention_loss, input_gradient, input_gradient_norm, symmetry_loss
 from .hints import FeatureHints
-from .taps import FeatureTaps
+from .taps import FeatureTaps, suggest_taps
 from .transfer import AttentionTransfer
 
 __version__ = "0.1.0"
@@ -23,5 +23,6 @@ __all__ = [
     "gradient_attention_loss",
     "input_gradient",
     "input_gradient_norm",
+    "suggest_taps",
     "symmetry_loss",
 ]

@@ -1,7 +1,8 @@
 """Models by name, `models.create("wrn-16-1", num_classes=10)`, and by weights, `load_pretrained(path)`.
 
-Every model carries `taps`, a dict that names where attention may be compared: `"groups"` (one module per
-resolution) and `"blocks"` (every block), each a list of module names in forward order.
+Every model of the zoo carries `taps`, a dict that names where attention may be compared: `"groups"` (one
+module per resolution) and `"blocks"` (every block), each a list of module names in forward order.
+`architecture` also knows the models of torchvision, of timm and of a user's own code.
 """
 
 from __future__ import annotations
@@ -10,10 +11,24 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from at_fused import _architectures
+from at_fused._architectures import Architecture, Pretrained
+from at_fused._factories import resolved
 from models.importers import load_pretrained
-from models.tapped import TappedModel
+from models.tapped import TappedModel, named_taps
 
-__all__ = ["TappedModel", "UnknownModel", "available", "create", "load_pretrained"]
+__all__ = [
+    "Architecture",
+    "Pretrained",
+    "TappedModel",
+    "UnknownModel",
+    "architecture",
+    "available",
+    "create",
+    "load_pretrained",
+    "named_taps",
+    "resolved",
+]
 
 
 class UnknownModel(ValueError):
@@ -99,4 +114,44 @@ def create(name: str, num_classes: int = 10, **options: Any) -> TappedModel:
     for _, pattern, build in _FAMILIES:
         if match := re.fullmatch(pattern, name):
             return build(match, num_classes, **options)
-    raise UnknownModel(f"unknown model {name!r}; there are: {', '.join(available())}")
+    raise UnknownModel(
+        f"unknown model {name!r}; there are: {', '.join(available())}; by train.py also "
+        f"{_architectures.ELSEWHERE}"
+    )
+
+
+def architecture(name: str) -> Architecture:
+    """How to make the model called `name`, with which weights, and for which images.
+
+    Args:
+        name: one of `available`; one of theirs, `torchvision:NAME` or `timm:NAME`; a function or class that
+            is called with `num_classes` and returns a module, `package.module:factory` or
+            `path/to/file.py:factory`.
+
+    Raises:
+        UnknownModel: a name that is none of them.
+        ValueError: a name that the library or the code does not have, or one that cannot be imported.
+    """
+    if ":" in name:
+        return _architectures.elsewhere(name)
+    if not any(re.fullmatch(pattern, name) for _, pattern, _ in _FAMILIES):
+        create(name)  # which raises
+
+    def make(classes: int | None, **options: Any) -> TappedModel:
+        return create(name, **({} if classes is None else {"num_classes": classes}), **options)
+
+    def pretrained(classes: int | None, **options: Any) -> Pretrained:
+        from models.published import load_published
+
+        model = make(1000 if classes is None else classes, **options)
+        return Pretrained(model, load_published(model, name))
+
+    small = re.fullmatch(r"(authors-)?resnet-\d+", name) is None
+    return Architecture(
+        name,
+        make,
+        pretrained,
+        lambda path: load_pretrained(path, name),
+        32 if small else 224,
+        _architectures.CIFAR10 if small else _architectures.IMAGENET,
+    )

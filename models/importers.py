@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from at_fused import _weights
+from at_fused._architectures import classifier
 from at_fused._weights import State
 from models.identify import (
     AUTHORS,
@@ -104,10 +105,11 @@ def load_pretrained(path: str | Path, name: str | None = None) -> TappedModel:
     return model.eval()
 
 
-def load_state(model: nn.Module, state: State, *, new_classifier: bool = False) -> None:
+def load_state(model: nn.Module, state: State, *, new_classifier: bool = False) -> dict[str, int]:
     """Load weights of any known naming into `model`; the counts of BatchNorm's batches may be missing.
 
-    With `new_classifier` the last layer, `fc`, keeps its own weights where those given are of other classes.
+    With `new_classifier` the last layer keeps its own weights where those given are of another number of
+    classes: returned are the layers that do, with that number.
 
     Raises:
         ValueError: says which other architecture the weights are of, where that is known, and lists missing
@@ -116,11 +118,10 @@ def load_state(model: nn.Module, state: State, *, new_classifier: bool = False) 
     theirs = model.state_dict()
     naming = _naming(state, theirs)
     own = {naming.key(key): (key, tensor) for key, tensor in theirs.items()}
+    new = classifier({key: tensor for key, (_, tensor) in own.items()}, state) if new_classifier else {}
+    state = state | {key: tensor for key, (_, tensor) in own.items() if key.rpartition(".")[0] in new}
     shared = own.keys() & state.keys()
     other = {key for key in shared if state[key].shape != own[key][1].shape}
-    if new_classifier and any(own[key][0].startswith("fc.") for key in other):
-        state = state | {key: tensor for key, (name, tensor) in own.items() if name.startswith("fc.")}
-        other = {key for key in other if not own[key][0].startswith("fc.")}
     missing = [key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked")]
     shapes = [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key][1].shape)}" for key in other]
     unexpected = state.keys() - own.keys()
@@ -133,6 +134,9 @@ def load_state(model: nn.Module, state: State, *, new_classifier: bool = False) 
         which = f"it holds {found}; " if other_model else ""
         raise ValueError(f"{which}read as {naming.name}: {'; '.join(problems)}")
     model.load_state_dict({own[key][0]: state[key] for key in own.keys() & state.keys()}, strict=False)
+    return {
+        own[k][0].rpartition(".")[0]: new[k.rpartition(".")[0]] for k in own if k.rpartition(".")[0] in new
+    }
 
 
 def _naming(state: State, theirs: State) -> Naming:
@@ -158,9 +162,9 @@ def _ends(state: State) -> dict[str, int]:
     for stem in ("conv.weight", "conv0", "conv1.weight", "block1.conv1.weight", "backbone.conv1.weight"):
         if stem in state and state[stem].ndim == 4:
             ends["in_channels"] = state[stem].shape[1]
-    for classifier in ("fc.weight", "head.fc.weight"):
-        if classifier in state and state[classifier].ndim == 2:
-            ends["num_classes"] = len(state[classifier])
+    for last in ("fc.weight", "head.fc.weight"):
+        if last in state and state[last].ndim == 2:
+            ends["num_classes"] = len(state[last])
     return ends
 
 

@@ -13,3 +13,9 @@ class TappedModel(nn.Module):
     """
 
     taps: dict[str, list[str]]
+
+
+def named_taps(model: nn.Module) -> dict[str, list[str]]:
+    """The `taps` of a model of the zoo, or of another that has such a dict; else none."""
+    taps = getattr(model, "taps", None)
+    return taps if isinstance(taps, dict) else {}

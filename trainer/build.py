@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import models
-from trainer import checkpoint
+from trainer import creation
 from trainer.config import Config, flag_text
+from trainer.creation import check_images
 from trainer.data import LabelledImages
 from trainer.distributed import Ranks
-from trainer.errors import ConfigError, checkpoint_of
+from trainer.errors import ConfigError
 from trainer.methods import METHODS
 from trainer.student import Student
 from trainer.teacher import Teacher
@@ -26,6 +26,7 @@ class Networks(NamedTuple):
 
     student: nn.Module
     teacher: Teacher | None
+    notes: list[str]  # to tell of their weights
 
 
 def networks(config: Config, dataset: LabelledImages, ranks: Ranks) -> Networks:
@@ -35,23 +36,22 @@ def networks(config: Config, dataset: LabelledImages, ranks: Ranks) -> Networks:
         ConfigError: there is no such model, weights do not fit, or a network can't take such images, or the
             student can't be trained on them.
     """
-    device, classes, example = ranks.device, dataset.classes, dataset.example()
-    student: nn.Module = _student(config, classes, device).to(device)
+    student, notes = _student(config, dataset, ranks.device)
+    student = student.to(ranks.device)
     teacher: Teacher | None = None
     if METHODS[config.method].needs_teacher:
-        network = _create("teacher", str(config.teacher), classes, config)
-        with checkpoint_of("teacher-checkpoint"):
-            checkpoint.load_weights(network, Path(str(config.teacher_checkpoint)), str(config.teacher))
-        teacher = Teacher(network, device)
-        _try("teacher", teacher.network, config, example)
-    lone = _try("student", student, config, example) and not config.freeze_bn
+        network, more = creation.create("teacher", config, dataset)
+        notes = notes + more
+        teacher = Teacher(network, ranks.device)
+        check_images("teacher", teacher.network, config, dataset)
+    lone = _normalises_single_values(student, config, dataset) and not config.freeze_bn
     if lone and fewest_images(config, len(dataset.train), ranks.world) == 1:
         raise ConfigError(
             f"student {config.student} normalises single values of these images, and can't train on one "
             f"image alone, as a part of a batch is ({len(dataset.train)} images by {config.batch_size}, "
             f"{ranks.world} ranks, accumulate {config.accumulate}): choose another batch-size"
         )
-    return Networks(student, teacher)
+    return Networks(student, teacher, notes)
 
 
 def optimizer(config: Config, student: Student) -> torch.optim.Optimizer:
@@ -86,20 +86,14 @@ def train_mode(model: nn.Module, freeze_bn: bool) -> None:
             norm.eval()
 
 
-def _student(config: Config, classes: int, device: torch.device) -> models.TappedModel:
-    student = _create("student", config.student, classes, config)
-    if isinstance(config.pretrained, Path):
-        with checkpoint_of("pretrained"):
-            name = f"pretrained {config.student}"
-            checkpoint.load_weights(student, config.pretrained, name, new_classifier=True)
-    elif config.pretrained:
-        checkpoint.load_published_weights(student, config.student)
+def _student(config: Config, dataset: LabelledImages, device: torch.device) -> creation.Network:
+    student, notes = creation.create("student", config, dataset)
     if config.sync_bn:
         if device.type != "cuda":
             raise ConfigError(f"sync-bn true needs CUDA devices, and this run is on {device.type}")
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     for word in config.freeze:
-        for name in student.taps.get(word, [word]):
+        for name in models.named_taps(student).get(word, [word]):
             try:
                 student.get_submodule(name).requires_grad_(False)
             except AttributeError:
@@ -108,15 +102,7 @@ def _student(config: Config, classes: int, device: torch.device) -> models.Tappe
         raise ConfigError(
             f"freeze {flag_text(config.freeze)} leaves no parameter of {config.student} to train"
         )
-    return student
-
-
-def _create(key: str, name: str, classes: int, config: Config) -> models.TappedModel:
-    try:
-        model = models.create(name, num_classes=classes)
-    except (ValueError, RuntimeError) as error:  # the latter: beyond the memory
-        raise ConfigError(f"{key} {name}: {error}") from None
-    return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
+    return creation.Network(student, notes)
 
 
 def fewest_images(config: Config, size: int, world: int) -> int:
@@ -128,23 +114,15 @@ def fewest_images(config: Config, size: int, world: int) -> int:
     return min(map(len, parts)) * (world if config.sync_bn else 1)
 
 
-def _try(key: str, model: nn.Module, config: Config, example: Tensor) -> bool:
-    """Run a network on an image; whether some BatchNorm can't take a lone one in training."""
+def _normalises_single_values(student: nn.Module, config: Config, dataset: LabelledImages) -> bool:
+    """Try the student on an image; whether some BatchNorm can't take a lone one in training."""
     lone: list[bool] = []  # of each BatchNorm: whether it sees one value per channel
     hooks = [
         norm.register_forward_pre_hook(lambda _, args: lone.extend(x.numel() == x.shape[1] for x in args))
-        for norm in _batch_norms(model)
+        for norm in _batch_norms(student)
     ]
     try:
-        with torch.no_grad():
-            model.eval()(example)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{key} {getattr(config, key)} can't take the images of {config.dataset}: {reason}"
-        ) from None
+        check_images("student", student, config, dataset)
     finally:
         for hook in hooks:
             hook.remove()

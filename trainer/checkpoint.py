@@ -107,38 +107,15 @@ def digest(model: nn.Module) -> str:
     return summary.hexdigest()
 
 
-def load_weights(model: nn.Module, path: Path, name: str, *, new_classifier: bool = False) -> None:
+def load_weights(model: nn.Module, path: Path, name: str, *, new_classifier: bool = False) -> dict[str, int]:
     """Load model.pt, checkpoint.pt or another project's file (see models.importers) into `model`.
 
-    With `new_classifier` the last layer, `fc`, keeps its own weights where the file's are of other classes.
-    What does not fit `model`, called `name`, raises ConfigError.
+    With `new_classifier` the last layer keeps its own weights where the file's are of other classes; returned
+    are the layers that do. What does not fit `model`, called `name`, raises ConfigError.
     """
     content = load(path)
     try:
         state = _weights.find(content, model.state_dict().keys())
-        load_state(model, state, new_classifier=new_classifier)
+        return load_state(model, state, new_classifier=new_classifier)
     except ValueError as error:
         raise ConfigError(f"checkpoint {path} does not fit {name}: {error}") from None
-
-
-def load_published_weights(model: nn.Module, name: str) -> None:
-    """Load torchvision's first ImageNet weights, those of the paper's time, into a ResNet; `fc` as above.
-
-    Another model, or no network and none in torch's cache, raises ConfigError.
-    """
-    from models import torchvision_compat  # noqa: F401  (before torchvision)
-
-    # isort: split
-    from torchvision.models import get_model_weights
-
-    try:
-        published = get_model_weights(name.replace("-", ""))["IMAGENET1K_V1"]
-    except (ValueError, KeyError):
-        raise ConfigError(f"pretrained true: torchvision has no weights of {name}; name a file") from None
-    try:
-        state = published.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(
-            f"pretrained true: the weights of {name} can't be downloaded ({error}); name a file"
-        ) from None
-    load_state(model, dict(state), new_classifier=True)

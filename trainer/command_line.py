@@ -15,6 +15,7 @@ from trainer.choices import Told
 from trainer.config import Config, flag_text, make_config
 from trainer.errors import ConfigError, did_you_mean
 from trainer.recipes import load_recipe
+from trainer.taps import split
 
 FIRST = "--recipe recipes/demo/student.yaml --output-dir runs/first"  # needs no data, takes seconds on a CPU
 
@@ -97,11 +98,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _unlist(key: str, value: Any) -> Any:
-    """Words of a list flag: `--taps groups`, `--taps a b` and `--taps a,b` are all understood."""
+    """Words of a list flag: `--freeze a b` and `--freeze a,b` are both understood; taps may also be YAML."""
     if not isinstance(value, list):
         return value
-    words = [part for word in value for part in word.split(",") if part]
-    return words[0] if key == "taps" and len(words) == 1 else words
+    if key == "taps":
+        return value[0] if len(value) == 1 else [name for word in value for name in split(word)]
+    return [part for word in value for part in word.split(",") if part]
 
 
 def _help(field: Any) -> str:

@@ -22,14 +22,17 @@ from pydantic import (
     model_validator,
 )
 
+import models
 from at_fused import reference
 from at_fused.visualize.paths import expand, user_path
+from trainer import taps
 from trainer.checks import check
-from trainer.choices import OneOf, Told, by_value, flag_text
+from trainer.choices import OneOf, Told, by_value, flag_text, mapping
 from trainer.data import DATASETS
 from trainer.errors import ConfigError, did_you_mean
 from trainer.hardware import computes
 from trainer.methods import METHODS, Method
+from trainer.taps import Taps
 
 
 def _by_method(text: Callable[[type[Method]], str]) -> str:
@@ -72,9 +75,11 @@ class Config(BaseModel):
     """test on this many images (stratified, the same for every seed)"""
 
     student: str
-    """model to train, such as wrn-16-1"""
+    """model to train: wrn-16-1, torchvision:NAME, timm:NAME, package.module:factory or file.py:factory"""
+    student_args: dict[str, Any] = {}
+    """more arguments of its own, such as {width_mult: 0.5}"""
     pretrained: bool | Path = False
-    """start from a file of weights or, true, torchvision's for ImageNet; of other classes fc is left out"""
+    """start from a file of weights or, true, those published; of other classes the last layer is new"""
     freeze: list[str] = []
     """modules, or groups or blocks, whose parameters do not train"""
     freeze_bn: bool = False
@@ -82,14 +87,16 @@ class Config(BaseModel):
     sync_bn: bool = False
     """BatchNorm statistics over all ranks (CUDA only)"""
     teacher: str | None = None
-    """model to learn from"""
-    teacher_checkpoint: Path | None = None
-    """the teacher's weights: model.pt or checkpoint.pt of its run"""
+    """model to learn from, named as the student"""
+    teacher_args: dict[str, Any] = {}
+    """more arguments of the teacher's own"""
+    teacher_checkpoint: Path | Literal[True] | None = None
+    """the teacher's weights: model.pt or checkpoint.pt of its run, another file, or true: those published"""
 
     method: Annotated[str, OneOf(lambda: METHODS)] = "none"
     """how the student learns from the teacher"""
-    taps: str | list[str] = "groups"
-    """features compared by AT and hints: groups, blocks, convs (NIN), or names of modules in both models"""
+    taps: Taps = "groups"
+    """features compared by AT and hints: groups, blocks, convs (NIN), names of modules in both, pairs"""
     p: float = Field(2.0, ge=1, allow_inf_nan=False)
     """exponent of the attention map"""
     mapping: Annotated[str, OneOf(lambda: reference.MAPPINGS)] = "sum"
@@ -205,8 +212,23 @@ class Config(BaseModel):
 
     @field_validator("taps", mode="before")
     @classmethod
-    def _split_taps(cls, value: Any) -> Any:
-        return value.split(",") if isinstance(value, str) and "," in value else value
+    def _parse_taps(cls, value: Any) -> Any:
+        return taps.parse(value)
+
+    @field_validator("student_args", "teacher_args", mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        return mapping(value)
+
+    @field_validator("student", "teacher")
+    @classmethod
+    def _found_from_everywhere(cls, value: str | None) -> str | None:
+        return value and models.resolved(value)
+
+    @field_validator("teacher_checkpoint", mode="before")
+    @classmethod
+    def _word_true(cls, value: Any) -> Any:
+        return True if str(value).lower() == "true" else value
 
     @field_validator("data_dir", "teacher_checkpoint", "output_dir", "resume", mode="before")
     @classmethod

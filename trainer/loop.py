@@ -61,7 +61,7 @@ def _introduce(run: Run) -> None:
         slow = f"amp {config.amp} is slow here, without instructions for it: none may be ten times as fast"
     left_out = dataset.left_out and f"left out of data-dir: {dataset.left_out}"
     terms = run.method.describe(min(config.batch_size, len(dataset.train)))
-    for line in (left_out, run.start.notice, slow, *terms):
+    for line in (left_out, run.start.notice, slow, *run.notes, *terms):
         if line:
             run.reporter.say(line)
 

@@ -92,7 +92,7 @@ class Run:
     def _create_models(self) -> None:
         config = self.config
         torch.manual_seed(config.seed)
-        self.student, self.teacher = build.networks(config, self.dataset, self.ranks)
+        self.student, self.teacher, self.notes = build.networks(config, self.dataset, self.ranks)
         network = None if self.teacher is None else self.teacher.network
         self.method = METHODS[config.method](config, self.student, network, self.dataset.example())
         if self.teacher is not None and not self.method.takes_gradients:  # which BatchNorm's mode changes

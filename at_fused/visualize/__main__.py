@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .._architectures import categories
 from .._terminal import lenient_output
 from ..gradients import input_gradient
 from . import arguments, networks, output, pictures
@@ -113,7 +114,7 @@ def _load_networks(args: argparse.Namespace) -> tuple[dict[str, Network], str]:
 
 def _titles(models: list[str]) -> list[str]:
     """The models' names, without their libraries and numbered, as far as that tells them apart."""
-    short = {name: name.rpartition("/")[2] for name in models}
+    short = {name: name.replace("/", ":").rpartition(":")[2] for name in models}
     shared = [name for name in models if list(short.values()).count(short[name]) > 1]
     titles = [name if name in shared else short[name] for name in models]
     return [
@@ -198,7 +199,7 @@ def _named(title: str) -> Iterator[None]:
 
 def _captions(seen: Tensor, outputs: int, classes: list[str], targets: Tensor | None) -> list[str]:
     """What a network sees in each image, and whether it is right, where that is known."""
-    known = classes if len(classes) == outputs else networks.categories(outputs)
+    known = classes if len(classes) == outputs else categories(outputs)
     texts = [known[i] if known else f"class {i}" for i in seen.tolist()]
     if targets is not None:
         marks = ["✓" if right else "✗" for right in (seen == targets).tolist()]

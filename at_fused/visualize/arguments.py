@@ -45,7 +45,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="NAME",
-        help="one or more networks: names of the zoo, torchvision or timm (timm/NAME: only there)",
+        help="one or more networks: names of the zoo, torchvision or timm (timm:NAME: only there), or "
+        "path/to/file.py:factory",
     )
     add(
         "--checkpoint",

@@ -2,58 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..taps import FeatureTaps
+from ..taps.suggest import levels
 
 
 def last_of_each_size(model: nn.Module, x: Tensor) -> list[str]:
     """Names of the modules that are the last to put out each spatial size, from input to output.
 
-    These are the "last pre-downsampling" and the top activations of Figure 4. Passed over are
-    normalisations (after a LayerNorm every position has nearly the same squared sum), and what a block works
-    on in other sizes than those between its input and output, such as attention's matrices.
+    These are the "last pre-downsampling" and the top activations of Figure 4.
     """
-    sizes: dict[str, int] = {}  # in the order of the modules' last calls
-
-    def recorder(name: str) -> Any:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            before, after = _positions(args[0], x) if args else 0, _positions(output, x)
-            if not after:
-                return
-            if 0 < before < x[0, 0].numel() and not isinstance(module, nn.Sequential):
-                kept = range(after, max(before, after + 1))
-                for inner in [n for n in sizes if n.startswith(f"{name}.") and sizes[n] not in kept]:
-                    del sizes[inner]
-            if "Norm" not in type(module).__name__:
-                sizes.pop(name, None)
-                sizes[name] = after
-
-        return record
-
-    handles = [m.register_forward_hook(recorder(name)) for name, m in model.named_modules() if name]
-    try:
-        _run(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    levels: list[str] = []
-    for name, size in reversed(sizes.items()):
-        if not levels or size > sizes[levels[-1]]:
-            levels.append(name)
-    if not levels:
-        raise ValueError("this model puts out no spatial features: name modules with --taps")
-    return levels[::-1]
-
-
-def _positions(output: Any, x: Tensor) -> int:
-    """Of a feature map of the images `x`, more than one; 0 for what is none."""
-    if not _is_spatial(output) or len(output) != len(x):
-        return 0
-    positions = _channels_first(output)[0, 0].numel()
-    return positions if positions > 1 else 0
+    with _explained(model, x):
+        return [f"{level.module}{level.item}" for level in levels(model, x)]
 
 
 def forward(model: nn.Module, x: Tensor, taps: list[str]) -> tuple[Tensor, list[Tensor]]:
@@ -72,16 +37,23 @@ def feature_map(what: str, output: Tensor) -> Tensor:
 
 
 def _run(model: nn.Module, x: Tensor) -> Tensor:
-    try:
+    with _explained(model, x):
         logits = model(x)
-    except (RuntimeError, AssertionError, IndexError) as error:
-        size = "×".join(map(str, x.shape[-2:]))
-        raise ValueError(f"{type(model).__name__} cannot run on images of {size}: {error}") from None
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise ValueError(
             f"{type(model).__name__} does not classify images: it puts out no logits (B, classes)"
         )
     return logits
+
+
+@contextlib.contextmanager
+def _explained(model: nn.Module, x: Tensor) -> Iterator[None]:
+    """Errors of a pass say which images the network was given."""
+    try:
+        yield
+    except (RuntimeError, AssertionError, IndexError) as error:
+        size = "×".join(map(str, x.shape[-2:]))
+        raise ValueError(f"{type(model).__name__} cannot run on images of {size}: {error}") from None
 
 
 def _is_spatial(output: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .networks import Architecture, repository
+from .._architectures import Architecture, repository
 
 BORDER = 1 / 16  # cut from each side: what a crop of 224 out of 256 leaves
 

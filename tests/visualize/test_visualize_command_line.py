@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import at_fused
 import at_fused.visualize.__main__ as cli
 import models
+from at_fused import _architectures
 from at_fused.visualize import features, networks, pictures
 
 
@@ -67,7 +68,9 @@ def drawing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return run
 
 
-def normalised(images: Tensor, mean: Any = networks.CIFAR10[0], std: Any = networks.CIFAR10[1]) -> Tensor:
+def normalised(
+    images: Tensor, mean: Any = _architectures.CIFAR10[0], std: Any = _architectures.CIFAR10[1]
+) -> Tensor:
     return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
@@ -218,8 +221,8 @@ def test_the_statistics_are_the_trainers(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Empty)
     cifar = data.load(make_config({"student": "-", "data-dir": tmp_path}), torch.device("cpu"))
     for (mean, std), theirs in (
-        (networks.CIFAR10, (cifar.mean, cifar.std)),
-        (networks.IMAGENET, (folders.MEAN, folders.STD)),
+        (_architectures.CIFAR10, (cifar.mean, cifar.std)),
+        (_architectures.IMAGENET, (folders.MEAN, folders.STD)),
     ):
         assert [255 * value for value in mean] == pytest.approx([float(m) for m in theirs[0]])
         assert [255 * value for value in std] == pytest.approx([float(s) for s in theirs[1]])
@@ -236,7 +239,7 @@ def test_predictions_are_named(drawing: Any, folder: Path, weights: Path, tmp_pa
     seen = drawing(*words)
     assert seen["captions"]["wrn-10-1"] == [f"class {guess}" for guess in guesses]
     assert not any("random" in text.get_text() for text in seen["figure"].texts)
-    assert networks.categories(1000)[283] == "Persian cat"  # type: ignore[index]
+    assert _architectures.categories(1000)[283] == "Persian cat"  # type: ignore[index]
 
 
 def shown(feature: Tensor, mapping: str = "sum") -> Tensor:
@@ -321,7 +324,7 @@ def test_a_torchvision_checkpoint_sets_the_number_of_classes(
     words = ("--model", "torchvision/resnet18", "--checkpoint", tmp_path / "c.pt", "--images", folder)
     seen = drawing(*words, "--taps", "layer4")
     with at_fused.FeatureTaps(model, ["layer4"]) as taps, torch.no_grad():
-        logits = model(normalised(seen["images"], *networks.IMAGENET))
+        logits = model(normalised(seen["images"], *_architectures.IMAGENET))
         torch.testing.assert_close(seen["networks"]["resnet18"], taps.features)
     assert logits.shape == (3, 7)
     assert seen["images"].shape == (3, 3, 224, 224)
@@ -532,8 +535,8 @@ def test_without_the_repository_there_is_no_zoo(folder: Path, tmp_path: Path) ->
     (tmp_path / "models").mkdir()
     (tmp_path / "models/__init__.py").write_text("raise SystemExit('imported')")
     code = f"import sys; sys.path[:] = [{str(tmp_path)!r}] + [p for p in sys.path if p != {str(ROOT)!r}]\n"
-    code += "from at_fused.visualize import networks\nassert networks.repository('models') is None\n"
-    code += "try: networks.find('zoo/wrn-16-1')\nexcept ValueError as error: print(error)"
+    code += "from at_fused import _architectures\nassert _architectures.repository('models') is None\n"
+    code += "try: _architectures.find('zoo/wrn-16-1')\nexcept ValueError as error: print(error)"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout == "unknown model 'zoo/wrn-16-1'; zoo: only in a checkout\n", result.stderr
 
@@ -544,22 +547,22 @@ def test_libraries_that_cannot_be_imported_are_named(monkeypatch: pytest.MonkeyP
             raise ModuleNotFoundError("No module named 'timm'", name="timm")
         raise RuntimeError("operator torchvision::nms does not exist\nand more")
 
-    monkeypatch.setattr(networks.importlib, "import_module", broken)
-    monkeypatch.setattr(networks, "repository", lambda module: None)
+    monkeypatch.setattr(_architectures.importlib, "import_module", broken)
+    monkeypatch.setattr(_architectures, "repository", lambda module: None)
     with pytest.raises(ValueError) as error:
-        networks.find("resnet18")
+        _architectures.find("resnet18")
     missing = (
         "zoo: only in a checkout; torchvision: operator torchvision::nms does not exist; timm: not installed"
     )
     assert str(error.value) == f"unknown model 'resnet18'; {missing}"
-    assert networks.categories(1000) is None
+    assert _architectures.categories(1000) is None
 
 
 def test_close_names_of_several_libraries_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for library in ("_torchvision", "_timm"):
-        monkeypatch.setattr(networks, library, lambda name: (None, ["resnet18", "resnet18d"]))
+        monkeypatch.setattr(_architectures, library, lambda name: (None, ["resnet18", "resnet18d"]))
     with pytest.raises(ValueError, match=r"; close names: resnet18, ") as error:
-        networks.find("resnet18x")
+        _architectures.find("resnet18x")
     assert str(error.value).count("resnet18d") == 1
 
 

@@ -32,10 +32,13 @@ class Attention(ComparesFeatures):
             self.t_names,
             config.p,
             beta=config.beta,
+            weights=self.weights,
             mapping=config.mapping,
             normalize=None if config.normalize == "none" else config.normalize,
             distance=config.distance,
             norm_order=config.norm_order,
+            channel_dim=self.dims,
+            t_channel_dim=self.t_dims,
             backend=config.backend,
         )
         try:
@@ -62,12 +65,12 @@ class Attention(ComparesFeatures):
 
     def compared(self, per_image: float) -> list[str]:
         lines = []
-        for pair, student, _ in self.pairs():
+        for (pair, student, _), weight in zip(self.pairs(), self.weights, strict=True):
             positions = student[1:].numel()
             if positions == 1 and self.config.normalize != "none":
                 lines.append(f"AT {pair}: loss 0, a normalised map of one position is always 1")
             elif self.config.distance == "mse":
-                lines.append(f"AT {pair}: beta {per_image / positions:.3g} per element")
+                lines.append(f"AT {pair}: beta {weight * per_image / positions:.3g} per element")
             else:
-                lines.append(f"AT {pair}: beta {per_image:.3g} per image")
+                lines.append(f"AT {pair}: beta {weight * per_image:.3g} per image")
         return lines

@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-import at_fused
-from trainer.choices import flag_text
+from at_fused.taps.grid import find_grid
+from trainer import taps
 from trainer.errors import ConfigError
 from trainer.methods.method import Method
 
 if TYPE_CHECKING:
-    from models import TappedModel
     from trainer.config import Config
 
 
 class ComparesFeatures(Method):
-    """`names` and `t_names` are of the features compared, `students` and `teachers` these of the example."""
+    """`names` and `t_names` are of the features compared, `dims` and `t_dims` where their channels are."""
 
     needs_teacher = True
     has_term = True
@@ -31,10 +30,16 @@ class ComparesFeatures(Method):
         self, config: Config, student: nn.Module, teacher: nn.Module | None, example: Tensor
     ) -> None:
         super().__init__(config, student, teacher, example)
-        self.names, self.t_names = tap_names(config, student, self.teacher)  # type: ignore[arg-type]
+        found = taps.compared(config, student, self.teacher, example)
+        self.names, self.t_names, self.weights = found.names, found.t_names, found.weights
         students = _features("student", student, self.names, config, example)
         teachers = _features("teacher", self.teacher, self.t_names, config, example)
-        self.shapes = [(s.shape[1:], t.shape[1:]) for s, t in zip(students, teachers, strict=True)]
+        self.dims = _channel_dims(found.dims, students, example)
+        self.t_dims = _channel_dims(found.t_dims, teachers, example)
+        self.shapes = [
+            (_channels_first(s.shape[1:], s_dim), _channels_first(t.shape[1:], t_dim))
+            for s, t, s_dim, t_dim in zip(students, teachers, self.dims, self.t_dims, strict=True)
+        ]
 
     def error(self, reason: Exception) -> ConfigError:
         """That the features at the taps can't be compared."""
@@ -48,32 +53,31 @@ class ComparesFeatures(Method):
         return found
 
 
-def tap_names(config: Config, student: TappedModel, teacher: TappedModel) -> tuple[list[str], list[str]]:
-    """Names of the features that are compared, of the student and of the teacher, in pairs."""
-    if isinstance(config.taps, str) and config.taps in student.taps.keys() | teacher.taps.keys():
-        students, teachers = (model.taps.get(config.taps, []) for model in (student, teacher))
-        if len(students) != len(teachers):
-            raise ConfigError(
-                f"taps {config.taps}: {config.student} has {len(students)} and {config.teacher} "
-                f"{len(teachers)}; name the modules, or use groups"
-            )
-        return students, teachers
-    names = [config.taps] if isinstance(config.taps, str) else list(config.taps)
-    return names, names
-
-
-@torch.no_grad()
 def _features(
     key: str, model: nn.Module, names: Sequence[str], config: Config, image: Tensor
 ) -> list[Tensor]:
     try:
-        with at_fused.FeatureTaps(model, names) as taps:
-            model.eval()(image)
-            return taps.features
+        return taps.features(model, names, image)
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"taps {flag_text(config.taps)}, of {key} {getattr(config, key)}: {error}"
+            f"taps {taps.text(config.taps)}, of {key} {getattr(config, key)}: {error}"
         ) from None
+
+
+def _channel_dims(given: Sequence[int | None], features: Sequence[Tensor], image: Tensor) -> list[int]:
+    """Those given, else found: the last of tokens and of (B, h, w, C), as images of this size have them."""
+    found = [find_grid(feature.shape, image.shape) for feature in features]
+    return [
+        (grid.channel_dim if grid else 1) if dim is None else dim
+        for dim, grid in zip(given, found, strict=True)
+    ]
+
+
+def _channels_first(shape: torch.Size, dim: int) -> torch.Size:
+    """Of the shape of a feature without its batch dimension."""
+    sizes = list(shape)
+    channels = sizes.pop(dim - 1 if dim > 0 else dim) if -len(sizes) <= dim <= len(sizes) and dim else 0
+    return torch.Size([channels, *sizes])
 
 
 def _text(shape: Sequence[int]) -> str:

@@ -52,7 +52,13 @@ class Hints(ComparesFeatures):
             yield
 
     def term(self, batch: Batch, beta: float) -> Tensor:
-        terms = beta * self.trained["hints"](*(taps.features for taps in self.taps))
+        features = [
+            [feature.movedim(dim, 1) for feature, dim in zip(taps.features, dims, strict=True)]
+            for taps, dims in zip(self.taps, (self.dims, self.t_dims), strict=True)
+        ]
+        terms = beta * self.trained["hints"](*features)
+        if set(self.weights) != {1.0}:
+            terms = terms * terms.new_tensor(self.weights)
         for taps in self.taps:
             taps.clear()
         self._losses = terms.detach()
@@ -64,7 +70,7 @@ class Hints(ComparesFeatures):
 
     def compared(self, per_image: float) -> list[str]:
         lines = []
-        for pair, student, teacher in self.pairs():
+        for (pair, student, teacher), weight in zip(self.pairs(), self.weights, strict=True):
             regressor = "none" if student[0] == teacher[0] else f"1x1, {student[0]} to {teacher[0]}"
-            lines.append(f"hints {pair}: beta {per_image:.3g} per image, regressor {regressor}")
+            lines.append(f"hints {pair}: beta {weight * per_image:.3g} per image, regressor {regressor}")
         return lines

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._hooks import ModelTaps, is_complete
-from ._selectors import Selector
+from .._hooks import ModelTaps, is_complete
+from .._selectors import Selector
 
 
 class FeatureTaps:

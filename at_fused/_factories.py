@@ -1,0 +1,127 @@
+"""Models of a user's own code: `package.module:factory` and `path/to/file.py:factory`.
+
+Every mistake is a ValueError of one line, in the user's code also those it raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._selectors import close_names
+from .visualize.paths import user_path
+
+
+def resolved(name: str) -> str:
+    """`name` with a file's path made absolute, so that it names the same file in every folder."""
+    place, _, factory = name.rpartition(":")
+    return f"{os.path.abspath(user_path(place))}:{factory}" if place.endswith(".py") else name
+
+
+def build(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    """The model that the factory called `name` makes of a number of classes and its own options."""
+    place, _, attribute = name.rpartition(":")
+    module = _of_file(os.path.abspath(user_path(place))) if place.endswith(".py") else _of_package(place)
+    factory = _attribute(module, attribute, place)
+    arguments = {"num_classes": num_classes, **options}
+    call = f"{attribute}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"it is called as {call}: {error}") from None
+    except ValueError:  # of compiled code, which has no signature
+        pass
+    try:
+        model = factory(**arguments)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"{call} failed: {told(error, place)}") from None
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{call} returned a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def told(error: BaseException, place: str = "") -> str:
+    """An error of other code in a line: its kind, what it says, and where in the file `place`."""
+    text = " ".join(str(error).split())[:300]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if place and frame.filename.endswith(place)]
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {text}{where}"
+
+
+@functools.cache
+def _of_file(path: str) -> ModuleType:
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no file {path}")
+    number = hashlib.blake2b(path.encode(), digest_size=4).hexdigest()
+    spec = importlib.util.spec_from_file_location(f"{Path(path).stem}_{number}", path)
+    assert spec is not None  # a .py file has one, with a loader
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickle look it up
+    _append_to_path(os.path.dirname(path))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[spec.name]
+        raise ValueError(f"{path} can't be imported: {told(error, path)}") from None
+    return module
+
+
+def _of_package(name: str) -> ModuleType:
+    folder = os.getcwd()
+    _append_to_path(folder)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and f"{name}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"there is no module {error.name}, neither installed nor in {folder}; a file is named "
+                "path/to/file.py:factory"
+            ) from None
+        raise ValueError(f"{name} can't be imported: {told(error)}") from None
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"{name} can't be imported: {told(error, name.replace('.', os.sep) + '.py')}"
+        ) from None
+
+
+def _append_to_path(folder: str) -> None:
+    """Let its modules be imported, also later; behind all others, which they can't replace."""
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+def _attribute(module: ModuleType, name: str, place: str) -> Callable[..., Any]:
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            known = [
+                key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
+            ]
+            close = close_names(name, known)
+            hint = (
+                f"close names: {', '.join(close)}" if close else f"it has: {', '.join(known[:10]) or 'none'}"
+            )
+            raise ValueError(f"{place} has no {name!r}; {hint}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(
+            f"{name!r} in {place} is a {type(found).__name__}, not a function that makes a model"
+        )
+    return found
