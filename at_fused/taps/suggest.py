@@ -59,7 +59,7 @@ def levels(model: nn.Module, images: Tensor) -> list[Level]:
     """The last feature of each resolution, from input to output.
 
     Normalisations are passed over: after a LayerNorm every position has nearly the same squared sum. So is
-    what a block works on in other sizes than those between its input and output, such as attention's matrices.
+    what a block works on in sizes other than those between its input and output, as attention's matrices.
     """
     found = _Found(images)
     handles = [
