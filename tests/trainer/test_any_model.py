@@ -58,7 +58,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folders(tmp_path_factory.mktemp("images"), train=6, val=2)
+    return make_folders(tmp_path_factory.mktemp("image-folder"), train=6, val=2)
 
 
 def images_of(folder: Path, **keys: Any) -> dict[str, Any]:
