@@ -21,17 +21,24 @@ def _main(argv: Sequence[str] | None) -> int:
     from trainer.errors import ConfigError, RankError
 
     try:
-        config, print_config = parse_args(argv)
-        if print_config:
+        config, action = parse_args(argv)
+        if action.print_config:
             print(config.to_yaml(), end="")
             require_output()
             return 0
         from trainer.data.workers import WorkerDied
         from trainer.run import OutOfMemory, train  # slow to import, and needless for the above
+        from trainer.trained import export, test
         from trainer.watch import Diverged
 
         try:
-            return train(config)
+            if action.weights is None:
+                return train(config)
+            if action.eval_only:
+                test(config, action.weights)
+            if action.export:
+                export(config, action.weights, action.export)
+            return 0
         except (Diverged, OutOfMemory) as error:
             return _fail(error, 1)
         except WorkerDied as error:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import models
 from trainer import creation
@@ -15,6 +16,7 @@ from trainer.data import LabelledImages
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.methods import METHODS
+from trainer.optimizers import OPTIMIZERS
 from trainer.student import Student
 from trainer.teacher import Teacher
 
@@ -55,15 +57,18 @@ def networks(config: Config, dataset: LabelledImages, ranks: Ranks) -> Networks:
 
 
 def optimizer(config: Config, student: Student) -> torch.optim.Optimizer:
-    """SGD on what trains of the student and beside it."""
-    return torch.optim.SGD(
-        [parameter for parameter in student.parameters() if parameter.requires_grad],
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        fused=True,  # one kernel over all parameters, and fp16's check for inf stays on a GPU
-    )
+    """That of `config`, on what trains of the student and beside it."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    return OPTIMIZERS[config.optimizer].make(trained, config)
+
+
+def moving_average(student: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of `student`, BatchNorm's statistics included.
+
+    Made of one without hooks, which would be copied, too.
+    """
+    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return average.requires_grad_(False)
 
 
 def compile_networks(config: Config, forward: nn.Module, student: Student, teacher: Teacher | None) -> None:

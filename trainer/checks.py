@@ -32,8 +32,7 @@ def check(config: Config, *, paths: bool) -> None:
         raise ValueError(f"precision fp64 and amp {config.amp} contradict each other")
     if config.cuda_graphs and not config.compile:
         raise ValueError("cuda-graphs needs compile")
-    if config.nesterov and config.momentum == 0:
-        raise ValueError("nesterov needs a momentum above 0")
+    _check_optimization(config)
     if config.backend not in ("auto", *at_fused.available_backends()):
         names = ", ".join(("auto", *at_fused.available_backends()))
         raise ValueError(f"backend {config.backend} is not available here (there are: {names})")
@@ -45,5 +44,19 @@ def check(config: Config, *, paths: bool) -> None:
         )
     for setting, reason in method.forbids.items():
         key, _, forbidden = setting.partition(" ")
-        if flag_text(getattr(config, key.replace("-", "_"))) == (forbidden or "true"):
+        value = getattr(config, key.replace("-", "_"))
+        if flag_text(value) == forbidden if forbidden else value:
             raise ValueError(f"method {config.method} cannot be combined with {setting}: {reason}")
+
+
+def _check_optimization(config: Config) -> None:
+    if config.nesterov and config.optimizer != "sgd":
+        raise ValueError(f"nesterov is a form of sgd, not of optimizer {config.optimizer}")
+    if config.nesterov and config.momentum == 0:
+        raise ValueError("nesterov needs a momentum above 0")
+    if config.warmup_epochs and config.lr_schedule == "onecycle":
+        raise ValueError("warmup-epochs is not for lr-schedule onecycle, whose rate rises by lr-warmup")
+    if config.warmup_epochs >= config.epochs:
+        raise ValueError(
+            f"warmup-epochs {config.warmup_epochs:g} leaves none of {config.epochs} epochs after it"
+        )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import torch
 
 import at_fused
 from at_fused.visualize.paths import user_path
+from trainer import run_folder
 from trainer.choices import Told
 from trainer.config import Config, flag_text, make_config
 from trainer.errors import ConfigError, did_you_mean
@@ -25,13 +27,28 @@ GROUPS = {
     "student": "networks",
     "method": "what the student learns from",
     "epochs": "training",
+    "optimizer": "optimizer and learning rate",
+    "label_smoothing": "regularisation and averaging",
     "amp": "arithmetic and machine",
     "output_dir": "the run",
 }
 
+# Over the keys of a run whose student is only tested or exported.
+STUDENT_ALONE = {"method": "none", "pretrained": False, "freeze": [], "freeze-bn": True, "sync-bn": False}
+ON_CPU = {"device": "cpu", "amp": "none"}
 
-def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
-    """Configuration of a command line, and whether it only asks to print it. Flags win over the recipe.
+
+class Action(NamedTuple):
+    """What a command line asks for instead of a training, if anything; `weights` are those of the student."""
+
+    print_config: bool = False
+    eval_only: bool = False
+    export: Path | None = None
+    weights: Path | None = None
+
+
+def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, Action]:
+    """Configuration of a command line, and what it asks for. Flags win over the recipe.
 
     Raises:
         ConfigError: a mistake, in one line.
@@ -46,10 +63,29 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
         if not _is_unicode(word):
             raise ConfigError(f"{word!a} is not UTF-8")
     arguments = vars(_parser().parse_args(words))
-    recipe, print_config = arguments.pop("recipe"), arguments.pop("print_config")
+    recipe, action = arguments.pop("recipe"), Action(*(arguments.pop(name) for name in Action._fields))
     flags = {key.replace("_", "-"): _unlist(key, value) for key, value in arguments.items()}
-    values = load_recipe(recipe) if recipe else {}
-    return make_config(values | flags, to_print=print_config), print_config
+    values = (load_recipe(recipe) if recipe else {}) | flags
+    if action.print_config or not (action.eval_only or action.export):
+        if action.weights:
+            raise ConfigError(
+                f"weights {action.weights} is for eval-only and export (to begin with: pretrained)"
+            )
+        return make_config(values, to_print=action.print_config), action
+    config = make_config(values | STUDENT_ALONE | (ON_CPU if action.export else {}))
+    return config, action._replace(weights=_weights(config, action))
+
+
+def _weights(config: Config, action: Action) -> Path:
+    if action.weights:
+        return action.weights
+    asked = f"export {action.export}" if action.export else "eval-only"
+    if config.output_dir is None:
+        raise ConfigError(f"{asked} needs weights, or the output-dir of a finished run")
+    weights = config.output_dir / run_folder.MODEL
+    if not weights.exists():
+        raise ConfigError(f"{asked}: there is no {weights}; name the file with weights")
+    return weights
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,6 +99,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", type=user_path, metavar="FILE", help="YAML file of the keys below")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"
+    )
+    parser.add_argument(
+        "--eval-only", action="store_true", help="print the student's test error and exit; nothing is written"
+    )
+    parser.add_argument(
+        "--export", type=user_path, metavar="FILE", help="write the student as a .pt2 or .onnx FILE and exit"
+    )
+    parser.add_argument(
+        "--weights",
+        type=user_path,
+        metavar="FILE",
+        help="the student's, for both of these; unset: model.pt of output-dir",
     )
     versions = f"at_fused {at_fused.__version__}, torch {torch.__version__}"
     parser.add_argument("--version", action="version", version=versions, help="print the versions and exit")

@@ -32,12 +32,18 @@ from trainer.data import DATASETS
 from trainer.errors import ConfigError, did_you_mean
 from trainer.hardware import computes
 from trainer.methods import METHODS, Method
+from trainer.optimizers import OPTIMIZERS, Choice
 from trainer.taps import Taps
 
 
 def _by_method(text: Callable[[type[Method]], str]) -> str:
     """What `text` says of each method that has a transfer term."""
     return by_value({name: text(method) for name, method in METHODS.items() if method.has_term})
+
+
+def _by_optimizer(value: Callable[[Choice], float]) -> str:
+    """What `value` is of each optimizer."""
+    return by_value({name: f"{value(choice):g}" for name, choice in OPTIMIZERS.items()})
 
 
 def _without_folder() -> str:
@@ -139,7 +145,16 @@ class Config(BaseModel):
     """images per step, over all ranks together"""
     accumulate: int = Field(1, ge=1, le=2**31)
     """parts in which each rank's share of a batch is computed: less memory, the same mean gradient"""
-    lr: float = Field(0.1, gt=0, allow_inf_nan=False)
+    seed: int = Field(0, ge=0, lt=2**63)
+    """seed of weights, data order and augmentation"""
+    skip_nonfinite: bool = False
+    """leave out steps whose gradients are not finite, instead of ending the run"""
+
+    optimizer: Annotated[str, OneOf(lambda: OPTIMIZERS)] = "sgd"
+    """torch's"""
+    lr: Annotated[float, Told(lambda: f"; default {_by_optimizer(lambda choice: choice.lr)}")] = Field(
+        OPTIMIZERS["sgd"].lr, gt=0, allow_inf_nan=False
+    )
     """learning rate (of onecycle: the peak)"""
     lr_schedule: Literal["step", "cosine", "onecycle", "constant"] = "step"
     """step changes at epochs; cosine and onecycle change at every step"""
@@ -149,16 +164,29 @@ class Config(BaseModel):
     """factor of lr-schedule step"""
     lr_warmup: float = Field(0.3, ge=0, lt=1)
     """share of onecycle's steps in which the rate rises"""
+    warmup_epochs: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """epochs in which the rate of the other schedules rises linearly; cosine falls after them"""
     momentum: float = Field(0.9, ge=0, lt=1)
     """momentum of SGD"""
     nesterov: bool = False
     """Nesterov's form of momentum"""
-    weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False)
-    """weight decay of SGD, on every parameter"""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """seed of weights, data order and augmentation"""
-    skip_nonfinite: bool = False
-    """leave out steps whose gradients are not finite, instead of ending the run"""
+    adam_betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
+    """AdamW's decay of the means of the gradients and of their squares"""
+    weight_decay: Annotated[
+        float, Told(lambda: f"; default {_by_optimizer(lambda choice: choice.weight_decay)}")
+    ] = Field(OPTIMIZERS["sgd"].weight_decay, ge=0, allow_inf_nan=False)
+    """weight decay, on every parameter; that of adamw is decoupled from the gradient"""
+    clip_grad_norm: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """most that the norm of a step's gradients, all together, may be: a larger one is scaled down to it"""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """share of the labels' probability that is spread evenly over all classes, in cross-entropy"""
+    mixup: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """mix images and labels in pairs, with weights from Beta(VALUE, VALUE); 0: never"""
+    cutmix: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """paste a rectangle of one image into another, likewise; with mixup a draw chooses for each step"""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """decay, such as 0.999, of a moving average of the student, tested and saved beside it; 0: none"""
 
     amp: Literal["none", "bf16", "fp16", "auto"] = "none"
     """autocast dtype; auto becomes bf16 on devices with instructions for it, else none"""
@@ -200,12 +228,21 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_beta(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if values.get("beta") in (None, "null"):
-            return values | {"beta": METHODS.get(str(values.get("method")), Method).default_beta}
-        return values
+    def _defaults_of_choices(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Where they are unset: beta by the method, lr and weight-decay by the optimizer."""
+        method = METHODS.get(str(values.get("method")), Method)
+        optimizer = OPTIMIZERS.get(str(values.get("optimizer")), OPTIMIZERS["sgd"])
+        defaults = {
+            "beta": method.default_beta,
+            "lr": optimizer.lr,
+            "weight-decay": optimizer.weight_decay,
+        }
+        unset = [
+            key for key in defaults if values.get(key, values.get(key.replace("-", "_"))) in (None, "null")
+        ]
+        return values | {key: defaults[key] for key in unset}
 
-    @field_validator("lr_milestones", "beta_milestones", "freeze", mode="before")
+    @field_validator("lr_milestones", "beta_milestones", "freeze", "adam_betas", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [part for part in value.split(",") if part] if isinstance(value, str) else value

@@ -41,9 +41,10 @@ def train(run: Run) -> int:
                 )
                 return 128 + signal
     if run.ranks.first:
-        summary = results.finish(run.folder, config, progress, run.student)
-        last_error, best = (summary[f"{which}_test_error"] for which in ("last", "best"))
-        reporter.say(f"test error: last {last_error:.2f} %, best {best:.2f} %; results in {run.folder}")
+        average = None if run.ema is None else run.ema.module
+        summary = results.finish(run.folder, config, progress, run.student, average)
+        of_average = f"; of the moving average: {reporting.last_and_best(summary, 'ema_')}" if average else ""
+        reporter.say(f"test error: {reporting.last_and_best(summary)}{of_average}; results in {run.folder}")
     return 0
 
 
@@ -87,6 +88,7 @@ def train_epoch(run: Run, stop: distributed.StopRequest) -> int:
         "lr": schedules.learning_rate(config, progress.step - 1, run.steps_per_epoch),
         **run.meter.metrics(sums),
         **evaluate(run, run.forward),
+        **_of_average(run),
         "images_per_second": images / seconds,
         "seconds": seconds,
     }
@@ -107,6 +109,13 @@ def train_epoch(run: Run, stop: distributed.StopRequest) -> int:
     return signal  # one that came with the last step: the epoch is complete, and saved
 
 
+def _of_average(run: Run) -> dict[str, float]:
+    """The test errors of the student's moving average, if the run keeps one."""
+    if run.ema is None:
+        return {}
+    return {f"ema_{name}": value for name, value in evaluate(run, run.ema.module).items()}
+
+
 def train_steps(run: Run, stop: distributed.StopRequest, begun: float) -> int:
     """Train to the end of the epoch, the last step or a signal, whose number it returns; else 0.
 
@@ -117,11 +126,12 @@ def train_steps(run: Run, stop: distributed.StopRequest, begun: float) -> int:
     build.train_mode(run.student, config.freeze_bn)
     run.reporter.begin_epoch(epoch + 1, config.epochs)
     parts = [_batch(run, step) for step in range(first, run.steps_per_epoch)]
-    shares = [run.ranks.share(part.start, part.stop) for part in parts]
-    batches = run.dataset.training_batches(config.seed, epoch, shares)
+    places = [run.mixing.places(part) for part in parts]
+    batches = run.dataset.training_batches(config.seed, epoch, places)
     signal = 0
-    for part, (images, labels) in zip(parts, batches, strict=True):
-        train_step(run, images, labels, part.stop - part.start)
+    for step, (part, (images, labels)) in enumerate(zip(parts, batches, strict=True), first):
+        images, targets = run.mixing(images, labels, epoch, step)
+        train_step(run, images, targets, part.stop - part.start)
         progress.step += 1
         run.reporter.step(progress.step, part.stop - part.start, run.watch.loss)
         signal = stop.poll()
@@ -141,8 +151,10 @@ def _batch(run: Run, step: int) -> slice:
     return slice(step * size, min((step + 1) * size, len(run.dataset.train)))
 
 
-def train_step(run: Run, images: Tensor, labels: Tensor, batch: int) -> None:
-    """One optimizer step on this rank's share of a global batch.
+def train_step(run: Run, images: Tensor, targets: Tensor, batch: int) -> None:
+    """One optimizer step on this rank's share of a global batch of so many images.
+
+    `targets`: labels (n,) int64 or probabilities (n, classes).
 
     Nothing here waits for the device, unless skip-nonfinite has to look at the gradients first.
     """
@@ -154,10 +166,12 @@ def train_step(run: Run, images: Tensor, labels: Tensor, batch: int) -> None:
     sums = torch.zeros_like(run.sums)
     run.optimizer.zero_grad(set_to_none=True)
     new_pass(config)
-    parts = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True))
-    for i, (some_images, some_labels) in enumerate(parts):
+    parts = list(zip(images.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True))
+    for i, (some_images, some_targets) in enumerate(parts):
         with _gradients_stay_here(run, i + 1 < len(parts)):
-            backward(run, in_layout(config, some_images), some_labels, batch, beta, sums)
+            backward(run, in_layout(config, some_images), some_targets, batch, beta, sums)
+    if config.clip_grad_norm is not None:
+        run.scaler.unscale_(run.optimizer)  # the norm is that of the gradients, not of fp16's scaled ones
     trained = run.optimizer.param_groups[0]["params"]
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if config.skip_nonfinite and not norm.isfinite():
@@ -165,22 +179,26 @@ def train_step(run: Run, images: Tensor, labels: Tensor, batch: int) -> None:
         for buffer, before in zip(run.student.buffers(), statistics, strict=True):
             buffer.copy_(before)
         return
+    if config.clip_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(trained, config.clip_grad_norm, norm)
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    if run.ema is not None:
+        run.ema.update_parameters(run.student)
     run.sums += sums
-    run.watch.look(step + 1, sums[:4], norm, len(labels))
+    run.watch.look(step + 1, sums[:4], norm, len(targets))
 
 
-def backward(run: Run, images: Tensor, labels: Tensor, batch: int, beta: float, sums: Tensor) -> None:
+def backward(run: Run, images: Tensor, targets: Tensor, batch: int, beta: float, sums: Tensor) -> None:
     """Add up the gradients of some images of a global batch, and in `sums` their losses and errors."""
     with run.method.recording(run.method.uses_term(beta)):
         with autocast(run.config, run.ranks.device):
-            losses, logits = objective(run.method, run.forward, images, labels, beta)
+            losses, logits = objective(run.method, run.forward, images, targets, beta)
         # DDP averages gradients over ranks: weighted by its share, each gives the global batch's mean.
-        share = len(labels) * run.ranks.world / batch
+        share = len(targets) * run.ranks.world / batch
         loss = losses.total if share == 1 else losses.total * share
         run.scaler.scale(loss).backward()
-    run.meter.add(sums, losses, logits, labels)
+    run.meter.add(sums, losses, logits, targets)
 
 
 def _gradients_stay_here(run: Run, stay: bool) -> AbstractContextManager[None]:

@@ -30,15 +30,15 @@ class Meter:
         self.has_at, self.has_kd = METHODS[config.method].has_term, METHODS[config.method].distils
 
     @torch.no_grad()
-    def add(self, sums: Tensor, losses: Losses, logits: Tensor, labels: Tensor) -> None:
+    def add(self, sums: Tensor, losses: Losses, logits: Tensor, targets: Tensor) -> None:
         """Add a batch to `sums` (size,), without waiting for the device."""
         means = torch.stack([losses.total, losses.ce, losses.at, losses.kd]).double()
-        sums[:4] += means * len(labels)
-        sums[4] += (logits.argmax(1) != labels).sum()
-        sums[5] += len(labels)
+        sums[:4] += means * len(targets)
+        sums[4] += wrong(logits, targets)
+        sums[5] += len(targets)
         if self.top5:
-            sums[SUMS] += wrong_in_top5(logits, labels)
-        sums[SUMS + self.top5 :] += losses.taps.double() * len(labels)
+            sums[SUMS] += wrong(logits, targets, 5)
+        sums[SUMS + self.top5 :] += losses.taps.double() * len(targets)
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
         """Means over the images, errors in percent; without the keys that the method does not use.
@@ -69,9 +69,9 @@ class EvaluationMeter:
     def add(self, logits: Tensor, labels: Tensor) -> None:
         self.sums[0] += len(labels)
         self.sums[1] += cross_entropy(logits, labels) * len(labels)
-        self.sums[2] += (logits.argmax(1) != labels).sum()
+        self.sums[2] += wrong(logits, labels)
         if self.top5:
-            self.sums[3] += wrong_in_top5(logits, labels)
+            self.sums[3] += wrong(logits, labels, 5)
 
     def metrics(self, images: float, loss: float, wrong: float, wrong5: float) -> dict[str, float]:
         """`test_loss`, the mean cross-entropy, and in percent `test_error` and, of many classes,
@@ -80,6 +80,12 @@ class EvaluationMeter:
         return found | {"test_top5_error": 100 * wrong5 / images} if self.top5 else found
 
 
-def wrong_in_top5(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many labels are not among the five best logits."""
-    return (logits.topk(5).indices != labels[:, None]).all(1).sum()
+def wrong(logits: Tensor, targets: Tensor, best: int = 1) -> Tensor:
+    """How many labels (n,) are not among the `best` logits (n, classes) of their image.
+
+    Of a mixed image, whose targets are probabilities (n, classes), the share counts that is not.
+    """
+    found = logits.argmax(1, keepdim=True) if best == 1 else logits.topk(best).indices
+    if targets.is_floating_point():
+        return (1 - targets.gather(1, found).sum(1)).sum()
+    return (found != targets[:, None]).all(1).sum()

@@ -41,7 +41,7 @@ def objective(
     logits = forward(images)
     batch = Batch(images, targets, logits, teacher_logits)
 
-    ce = cross_entropy(logits, targets)
+    ce = cross_entropy(logits, targets, method.config.label_smoothing)
     kd = method.distillation(batch)
     at = method.term(batch, beta) if used else None
     total = ce if kd is None else kd
@@ -53,6 +53,10 @@ def objective(
     return Losses(total, ce, zero if at is None else at, zero if kd is None else kd, taps), logits
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean over a batch, in fp32 whatever autocast has made of the logits; fp64 stays."""
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The mean over a batch, in fp32 whatever autocast has made of the logits; fp64 stays.
+
+    `targets`: labels (n,) int64 or probabilities (n, classes).
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)

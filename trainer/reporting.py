@@ -104,6 +104,7 @@ def epoch_line(metrics: Metrics, epochs: int) -> str:
     """An epoch's figures, the most telling first: as many as fit."""
     parts = [
         test_errors(metrics),
+        *([f"EMA {metrics['ema_test_error']:.2f} %"] if "ema_test_error" in metrics else []),
         f"train {metrics['train_error']:.2f} %",
         f"loss {short(metrics['train_loss'])}",
         *(f"{n[:2].upper()} {short(metrics[n])}" for n in ("at_loss", "kd_loss") if metrics.get(n)),
@@ -123,3 +124,8 @@ def test_errors(metrics: Metrics) -> str:
     """Of an epoch, or of a teacher."""
     top5 = f" (top 5: {metrics['test_top5_error']:.2f} %)" if "test_top5_error" in metrics else ""
     return f"test error {metrics['test_error']:.2f} %{top5}"
+
+
+def last_and_best(summary: Metrics, of: str = "") -> str:
+    """The test errors of a run's summary; `of` ema_: those of the moving average."""
+    return f"last {summary[f'last_{of}test_error']:.2f} %, best {summary[f'best_{of}test_error']:.2f} %"

@@ -40,11 +40,15 @@ def claimed(folder: Path, config: Config, found: object) -> Iterator[None]:
         yield
 
 
-def finish(folder: Path, config: Config, progress: Progress, student: nn.Module) -> dict[str, Any]:
+def finish(
+    folder: Path, config: Config, progress: Progress, student: nn.Module, average: nn.Module | None = None
+) -> dict[str, Any]:
     """Write the results; returns those of summary.json, which comes last, as the mark of a finished run."""
     history, teacher = progress.lines, progress.teacher or {}
     last = history[-1]
     checkpoint.save(folder / run_folder.MODEL, checkpoint.weights(student))
+    if average is not None:
+        checkpoint.save(folder / run_folder.EMA_MODEL, checkpoint.weights(average))
     title = f"{config.student} on {config.dataset}, method {config.method}, seed {config.seed}"
     write_curves(folder, history, title)
     summary = {
@@ -56,6 +60,9 @@ def finish(folder: Path, config: Config, progress: Progress, student: nn.Module)
         "method": config.method,
         "seed": config.seed,
     }
+    if average is not None:
+        summary["last_ema_test_error"] = last["ema_test_error"]
+        summary["best_ema_test_error"] = min(metrics["ema_test_error"] for metrics in history)
     if "test_top5_error" in last:
         summary["last_test_top5_error"] = last["test_top5_error"]
         summary["teacher_test_top5_error"] = teacher.get("test_top5_error")

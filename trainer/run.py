@@ -17,6 +17,7 @@ from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.meter import Meter
 from trainer.methods import METHODS
+from trainer.mixing import Mixing
 from trainer.state import TrainState
 from trainer.student import Student
 from trainer.torch_settings import default_dtype, fill_momentum, set_up_torch
@@ -65,6 +66,7 @@ class Run:
                 f"batch-size {config.batch_size}: a batch of {min(config.batch_size, size, tail or size)} "
                 f"images (of {size}) cannot be shared by {ranks.world} ranks"
             )
+        self.mixing = Mixing(config, self.dataset.classes, ranks)
         self.steps_per_epoch = -(-size // config.batch_size)
         self.last_step = config.epochs * self.steps_per_epoch
         if config.max_steps is not None:
@@ -75,13 +77,13 @@ class Run:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.watch = Watch(self.student, scaled=config.amp == "fp16")
         self.meter = Meter(config, self.dataset.classes, self.method.names)
-        self.state = TrainState(self.learner, self.optimizer, self.scaler, ranks, self.meter.size)
+        self.state = TrainState(self.learner, self.optimizer, self.scaler, ranks, self.meter.size, self.ema)
         if self.start.checkpoint is not None:
             resume.check_identity(self.start.checkpoint, self.identity, config)
             self.state.restore(self.start.checkpoint)
             self.watch.last_saved = f"{self.start.path} (step {self.state.progress.step})"
         self.progress, self.sums = self.state.progress, self.state.sums
-        if config.amp == "fp16" and config.momentum:
+        if config.amp == "fp16" and config.momentum and isinstance(self.optimizer, torch.optim.SGD):
             fill_momentum(self.optimizer)
         step, mid_epoch = self.progress.step, self.progress.step % self.steps_per_epoch
         self.finished = (self.folder / run_folder.SUMMARY).exists() and step >= self.last_step
@@ -93,6 +95,7 @@ class Run:
         config = self.config
         torch.manual_seed(config.seed)
         self.student, self.teacher, self.notes = build.networks(config, self.dataset, self.ranks)
+        self.ema = build.moving_average(self.student, config.ema) if config.ema else None
         network = None if self.teacher is None else self.teacher.network
         self.method = METHODS[config.method](config, self.student, network, self.dataset.example())
         if self.teacher is not None and not self.method.takes_gradients:  # which BatchNorm's mode changes

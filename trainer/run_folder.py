@@ -15,11 +15,12 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 MODEL = "model.pt"
+EMA_MODEL = "model-ema.pt"  # the moving average of the student
 CURVES = "curves.png"
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
-ARTEFACTS = (CONFIG, CHECKPOINT, PREVIOUS, METRICS, SUMMARY, MODEL, CURVES)
-RESULTS = (METRICS, SUMMARY, MODEL)  # written after the first checkpoint
+ARTEFACTS = (CONFIG, CHECKPOINT, PREVIOUS, METRICS, SUMMARY, MODEL, EMA_MODEL, CURVES)
+RESULTS = (METRICS, SUMMARY, MODEL, EMA_MODEL)  # written after the first checkpoint
 
 
 def state_of(folder: Path | None) -> list[tuple[int, int] | None]:

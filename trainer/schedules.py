@@ -13,14 +13,20 @@ END_DIVISOR = 25e4
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Rate of optimizer step `step` (from 0) of `config.epochs * steps_per_epoch`."""
+    """Rate of optimizer step `step` (from 0) of `config.epochs * steps_per_epoch`.
+
+    Over `warmup_epochs` it rises in equal steps, from above 0 to `lr`; `cosine` then falls over the rest.
+    """
     total = config.epochs * steps_per_epoch
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.lr_schedule == "step":
         return config.lr * config.lr_gamma ** bisect_right(
             sorted(config.lr_milestones), step // steps_per_epoch
         )
     if config.lr_schedule == "cosine":
-        return _cosine(config.lr, 0.0, step / total)
+        return _cosine(config.lr, 0.0, (step - warmup) / (total - warmup))
     if config.lr_schedule == "onecycle":
         peak = config.lr_warmup * total - 1  # step at which the rate is highest
         if step <= peak:

@@ -44,15 +44,19 @@ class TrainState:
         scaler: torch.amp.GradScaler,
         ranks: Ranks,
         sums: int = SUMS,
+        ema: nn.Module | None = None,
     ) -> None:
         self.student, self.optimizer, self.scaler, self.ranks = student, optimizer, scaler, ranks
+        self.ema = ema  # the moving average of the student
         self.progress = Progress()
         self.sums = torch.zeros(sums, dtype=torch.float64, device=ranks.device)  # over the current epoch
 
     @property
     def parts(self) -> dict[str, Any]:
         """What has a state of its own, by its name in the checkpoint."""
-        networks = {"model": self.student.model, **dict(self.student.beside.items())}
+        networks: dict[str, nn.Module] = {"model": self.student.model, **dict(self.student.beside.items())}
+        if self.ema is not None:
+            networks["ema"] = self.ema
         return {**networks, "optimizer": self.optimizer, "scaler": self.scaler}
 
     def collect(self) -> dict[str, Any] | None:

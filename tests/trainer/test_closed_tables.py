@@ -13,6 +13,7 @@ from runs import ROOT, check_same, dashed, flags, metrics, run
 from torch import Tensor, nn
 
 import at_fused
+import models
 from at_fused import reference
 from at_fused.backends import BackendError, cpu, cuda, triton
 from at_fused.reference import DISTANCES, MAPPINGS, NORMS, RESIZES, Mapping
@@ -24,6 +25,7 @@ from trainer.data import DATASETS
 from trainer.data.in_memory import InMemory, Split, Splits
 from trainer.methods import METHODS, Batch, Method
 from trainer.methods.gradients import OfGradients
+from trainer.optimizers import OPTIMIZERS, Choice
 
 AT = {"dataset": "digits", "student": "a", "teacher": "b", "teacher-checkpoint": "t", "method": "at"}
 
@@ -236,3 +238,21 @@ def test_the_examples_of_contributing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run(tmp_path / "run", method="small-logits", dataset="noise", epochs=1) == 0
     (line,) = metrics(tmp_path / "run")
     assert line["at_loss"] > 0
+
+
+def test_an_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(parameters: list[nn.Parameter], config: Config) -> torch.optim.Optimizer:
+        made.append(len(parameters))
+        return torch.optim.Adagrad(parameters, config.lr)
+
+    made: list[int] = []
+
+    monkeypatch.setitem(OPTIMIZERS, "mine", Choice(make, lr=3.0, weight_decay=0.0))
+    check_key("optimizer", OPTIMIZERS, capsys)
+    assert help_of("lr", capsys).endswith("; default 0.001 for adamw, 3 for mine, else 0.1")
+    assert (parsed(optimizer="mine").lr, parsed(optimizer="mine", lr=2).lr) == (3.0, 2.0)
+    keys = {"optimizer": "mine", "lr": 0.01, "limit_train": 8, "limit_test": 4, "epochs": 1}
+    assert run(tmp_path / "run", **keys) == 0
+    assert made == [len(list(models.create("wrn-10-1").parameters()))]

@@ -16,7 +16,7 @@ from runs import dashed
 
 import at_fused
 from trainer import schedules
-from trainer.command_line import FIRST, GROUPS, parse_args
+from trainer.command_line import FIRST, GROUPS, Action, parse_args
 from trainer.config import KEYS, Config, make_config
 from trainer.errors import ConfigError
 from trainer.hardware import computes
@@ -77,7 +77,8 @@ def test_every_key_of_the_contract_is_a_flag(capsys: pytest.CaptureFixture[str])
     words = help_.split()
     assert [key for key in CONTRACT if f"--{key}" not in words] == []
     assert set(CONTRACT) <= set(yaml.safe_load(config().to_yaml()))
-    assert set(re.findall(r"^  --([\w-]+)", help_, re.M)) == {*KEYS, "recipe", "print-config", "version"}
+    others = {"recipe", "print-config", "eval-only", "export", "weights", "version"}
+    assert set(re.findall(r"^  --([\w-]+)", help_, re.M)) == {*KEYS, *others}
     assert [f"{title}:" for title in GROUPS.values()] == re.findall(r"^\w.*:$", help_, re.M)[1:]
     assert max(map(len, help_.splitlines())) <= 80
 
@@ -96,8 +97,8 @@ def test_nothing_named_names_something_to_begin_with() -> None:
     with pytest.raises(ConfigError, match=f"python train.py {re.escape(FIRST)}") as caught:
         parse_args([])
     words = re.search(r"train\.py (.*) \(", str(caught.value))[1].split()  # type: ignore[index]
-    found, print_only = parse_args(words)
-    assert (found.dataset, found.method, print_only) == ("digits", "none", False)
+    found, action = parse_args(words)
+    assert (found.dataset, found.method, action) == ("digits", "none", Action())
     with pytest.raises(ConfigError, match="student is required, such as wrn-16-1"):
         parse_args(["--dataset", "digits"])
 
@@ -122,10 +123,10 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_its_base(tmp_path: Path) 
     (tmp_path / "deep/own.yaml").write_text(
         "base: ../base.yaml\nstudent: wrn-10-1\nlr: 0.25\nweight-decay: 1e-4\n"
     )
-    found, print_only = parse_args(
+    found, action = parse_args(
         ["--recipe", str(tmp_path / "deep/own.yaml"), "--seed", "3", "--print-config"]
     )
-    assert print_only
+    assert action == Action(print_config=True)
     assert (found.epochs, found.lr, found.seed, found.weight_decay) == (7, 0.25, 3, 1e-4)
 
 

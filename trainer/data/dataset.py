@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trainer.config import Config
 
 Batch = tuple[Tensor, Tensor]  # images (n, 3, H, W) fp32, in channels-last memory, and labels (n,) int64
+Places = slice | list[int]  # of images in the order of an epoch
 
 
 class Labelled(Protocol):
@@ -48,7 +49,7 @@ class LabelledImages(ABC):
         """An image (1, 3, H, W), as batches have them."""
 
     @abstractmethod
-    def training_batches(self, seed: int, epoch: int, parts: Iterable[slice]) -> Iterator[Batch]:
+    def training_batches(self, seed: int, epoch: int, parts: Iterable[Places]) -> Iterator[Batch]:
         """The augmented images at `parts` of the epoch's order."""
 
     @abstractmethod

@@ -23,7 +23,7 @@ from at_fused.visualize import images
 from models import torchvision_compat  # noqa: F401  (before torchvision)
 from trainer.config import Config
 from trainer.data import workers
-from trainer.data.dataset import Batch, LabelledImages, check_limits, normalise, too_many
+from trainer.data.dataset import Batch, LabelledImages, Places, check_limits, normalise, too_many
 from trainer.data.files import Files, ImageFolders, Splits
 from trainer.data.sampling import generator
 from trainer.errors import RankError
@@ -115,11 +115,12 @@ class FileSet(LabelledImages):
         """A blank image (1, 3, H, W) of the size that batches have."""
         return torch.zeros(1, 3, self.size, self.size, device=self.device)
 
-    def training_batches(self, seed: int, epoch: int, parts: Iterable[slice]) -> Iterator[Batch]:
+    def training_batches(self, seed: int, epoch: int, parts: Iterable[Places]) -> Iterator[Batch]:
         draw = generator(seed, epoch)
         order = torch.randperm(len(self.train), generator=draw).tolist()
         seeds = torch.randint(2**62, (len(self.train),), generator=draw).tolist()
-        keys = [list(zip(order[part], seeds[part], strict=True)) for part in parts]
+        planned = list(zip(order, seeds, strict=True))
+        keys = [planned[p] if isinstance(p, slice) else [planned[i] for i in p] for p in parts]
         return self._batches(self._train, self.train, keys)
 
     def evaluation_batches(self, parts: Iterable[slice]) -> Iterator[Batch]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.data.dataset import Batch, LabelledImages, check_limits, normalise
+from trainer.data.dataset import Batch, LabelledImages, Places, check_limits, normalise
 from trainer.data.sampling import generator, stratified
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class ImageSet(LabelledImages):
     def example(self) -> Tensor:
         return evaluation_batch(self, slice(0, 1))[0]
 
-    def training_batches(self, seed: int, epoch: int, parts: Iterable[slice]) -> Iterator[Batch]:
+    def training_batches(self, seed: int, epoch: int, parts: Iterable[Places]) -> Iterator[Batch]:
         plan = plan_epoch(self, seed, epoch)
         return (training_batch(self, plan, part) for part in parts)
 
@@ -124,7 +124,7 @@ def plan_epoch(dataset: ImageSet, seed: int, epoch: int) -> EpochPlan:
     return EpochPlan(*(t.to(images.device) for t in (order, down, right, flip)))
 
 
-def training_batch(dataset: ImageSet, plan: EpochPlan, part: slice) -> Batch:
+def training_batch(dataset: ImageSet, plan: EpochPlan, part: Places) -> Batch:
     """The augmented images at places `part` of the epoch."""
     chosen = plan.order[part]
     draws = plan.down[part], plan.right[part], plan.flip[part]

@@ -27,6 +27,8 @@ class OfGradients(Method):
         "compile": "torch.compile cannot differentiate twice",
         "amp fp16": "second derivatives underflow; bf16 has fp32's range",
         "sync-bn": "SyncBatchNorm cannot be differentiated twice",
+        "mixup": "its gradients are those at the label of each image",
+        "cutmix": "its gradients are those at the label of each image",
     }
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 import at_fused
@@ -17,6 +18,15 @@ class Distillation(Method):
     def distillation(self, batch: Batch) -> Tensor | None:
         if batch.teacher_logits is None:
             raise TypeError(f"method {self.config.method} needs the teacher's logits of every batch")
-        config = self.config
+        config, targets = self.config, batch.targets
+        if config.label_smoothing:
+            targets = _smoothed(targets, batch.logits.shape[1], config.label_smoothing)
         logits = batch.logits, batch.teacher_logits
-        return at_fused.distillation_loss(*logits, batch.targets, config.temperature, config.alpha)
+        return at_fused.distillation_loss(*logits, targets, config.temperature, config.alpha)
+
+
+def _smoothed(targets: Tensor, classes: int, smoothing: float) -> Tensor:
+    """Labels (n,) or probabilities (n, classes) as probabilities, a share of which is spread evenly."""
+    if not targets.is_floating_point():
+        targets = F.one_hot(targets, classes)
+    return (1 - smoothing) * targets + smoothing / classes

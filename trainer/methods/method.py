@@ -20,7 +20,7 @@ class Batch:
     """The images of a step, and what the networks have made of them."""
 
     images: Tensor  # (n, 3, H, W), requiring a gradient where the method takes gradients
-    targets: Tensor  # (n,) int64
+    targets: Tensor  # (n,) int64, or probabilities (n, classes) where images are mixed
     logits: Tensor  # (n, classes), the student's
     teacher_logits: Tensor | None  # where the method has the teacher run on every batch
 
@@ -47,7 +47,7 @@ class Method:
     takes_gradients: ClassVar[bool] = False  # in its term, with respect to the images
     default_beta: ClassVar[float] = 1000.0
     default_schedule: ClassVar[str] = "constant"
-    forbids: ClassVar[Mapping[str, str]] = {}  # reasons, by "KEY" that may not be true or "KEY VALUE"
+    forbids: ClassVar[Mapping[str, str]] = {}  # reasons, by "KEY" that may not be on or "KEY VALUE"
 
     names: Sequence[str] = ()  # of the student's features that are compared
 
