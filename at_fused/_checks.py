@@ -13,6 +13,8 @@ from torch import Tensor
 from . import backends, reference
 
 Features = Tensor | Sequence[Tensor]
+ChannelDim = int | Sequence[int]
+Masks = Tensor | Sequence[Tensor | None]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Of each option, what its words stand for, and the words that stand for nothing there.
@@ -20,7 +22,7 @@ _OPTIONS: dict[str, list[Iterable[str | None]]] = {
     "mapping": [reference.MAPPINGS],
     "normalize": [(None,), reference.NORMS],
     "distance": [reference.DISTANCES],
-    "reduction": [("sum", "none")],
+    "reduction": [reference.REDUCTIONS],
     "resize": [reference.RESIZES, ("error",)],
     "backend": [("auto",), backends.NAMES],
 }
@@ -79,8 +81,30 @@ def channels_second(feat: Tensor, channel_dim: int) -> Tensor:
     return feat if channel_dim == 1 else feat.movedim(channel_dim, 1)
 
 
+def per_pair(what: str, value: ChannelDim, count: int) -> tuple[int, ...]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,) * count
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{what} must be an integer or one per pair, got {type(value).__name__}")
+    if len(value) != count:
+        raise ValueError(f"{what} must be an integer or one per pair: got {len(value)} for {count} pairs")
+    return tuple(value)
+
+
+def dims_of_both(
+    channel_dim: ChannelDim, t_channel_dim: ChannelDim | None, count: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The dimension of the channels in each feature, the student's and the teacher's."""
+    s_dims = per_pair("channel_dim", channel_dim, count)
+    return s_dims, s_dims if t_channel_dim is None else per_pair("t_channel_dim", t_channel_dim, count)
+
+
 def check_pairs(
-    s_feats: Features, t_feats: Features, channel_dim: int, resize: str
+    s_feats: Features,
+    t_feats: Features,
+    resize: str,
+    channel_dim: ChannelDim = 1,
+    t_channel_dim: ChannelDim | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Both sides as lists of (B, C, *spatial) views, once every pair is known to match."""
     if isinstance(s_feats, Tensor) and isinstance(t_feats, Tensor):
@@ -98,20 +122,25 @@ def check_pairs(
         )
     if not len(s_feats):
         raise ValueError("s_feats and t_feats are empty: at least one pair is needed")
+    s_dims, t_dims = dims_of_both(channel_dim, t_channel_dim, len(s_feats))
     students: list[Tensor] = []
     teachers: list[Tensor] = []
-    for index, (s_feat, t_feat) in enumerate(zip(s_feats, t_feats, strict=True)):
-        for side, feat in (("student", s_feat), ("teacher", t_feat)):
-            error = feature_error(feat, channel_dim)
+    for index, (s_feat, t_feat, s_dim, t_dim) in enumerate(
+        zip(s_feats, t_feats, s_dims, t_dims, strict=True)
+    ):
+        for side, feat, dim in (("student", s_feat, s_dim), ("teacher", t_feat, t_dim)):
+            error = feature_error(feat, dim)
             if error:
                 kind, text = error
                 raise kind(f"pair {index}: {_pair(s_feat, t_feat)}: the {side} {text}")
-        student, teacher = channels_second(s_feat, channel_dim), channels_second(t_feat, channel_dim)
+            warn_if_channels_last(feat, dim, f"pair {index}, {side}")
+        student, teacher = channels_second(s_feat, s_dim), channels_second(t_feat, t_dim)
         problem = _mismatch(student, teacher, resize)
         if problem is None and students and student.device != students[0].device:
             problem = f"are on {student.device}, pair 0 on {students[0].device}"
         if problem:
             raise ValueError(f"pair {index}: {_pair(s_feat, t_feat)} {problem}")
+        warn_if_tokens_in_a_line(student.shape[2:], teacher.shape[2:], (s_dim, t_dim), f"pair {index}")
         students.append(student)
         teachers.append(teacher)
     return students, teachers
@@ -136,19 +165,23 @@ def _mismatch(student: Tensor, teacher: Tensor, resize: str) -> str | None:
         return f"are on different devices, {student.device} and {teacher.device}"
     if student.shape[0] != teacher.shape[0]:
         return "differ in batch size"
-    return _space_mismatch(student.shape[2:], teacher.shape[2:], resize)
+    return space_mismatch(student.shape[2:], teacher.shape[2:], resize)
 
 
 def map_mismatch(student: Tensor, teacher: Tensor, resize: str) -> str | None:
     """What keeps two (B, *spatial) maps of one batch size from being compared."""
     if student.device != teacher.device:
         return f"are on different devices, {student.device} and {teacher.device}"
-    return _space_mismatch(student.shape[1:], teacher.shape[1:], resize)
+    return space_mismatch(student.shape[1:], teacher.shape[1:], resize)
 
 
-def _space_mismatch(student: torch.Size, teacher: torch.Size, resize: str) -> str | None:
+def space_mismatch(student: torch.Size, teacher: torch.Size, resize: str = "bilinear") -> str | None:
+    """What keeps two maps of these sizes from being compared."""
     if len(student) != len(teacher):
-        return "differ in the number of spatial dimensions"
+        sizes = reference.of_one_rank(student, teacher)
+        if sizes is None:
+            return f"differ in the number of spatial dimensions{_cure(student, teacher)}"
+        student, teacher = (torch.Size(size) for size in sizes)
     if student != teacher:
         if resize == "error":
             return 'differ in spatial size (resize="error")'
@@ -157,6 +190,56 @@ def _space_mismatch(student: torch.Size, teacher: torch.Size, resize: str) -> st
         if len(student) > 3:
             return "differ in spatial size, and maps of more than 3 dimensions can't be resized"
     return None
+
+
+def _cure(student: torch.Size, teacher: torch.Size) -> str:
+    """What to write where one map is a line of tokens and the other a grid."""
+    line, grid = sorted((student, teacher), key=len)
+    if (len(line), len(grid)) != (1, 2):
+        return ""
+    tokens = line[0]
+    fits = [extra for extra in range(1, 9) if tokens > extra and reference.tokens_grid(tokens - extra, grid)]
+    here = f", and {tokens} tokens do not fill a grid in the proportions of {grid[0]} x {grid[1]}: "
+    if fits:
+        return (
+            f"{here}leave out those that have no place in the image, feat[:, {fits[0]}:] or, behind a tap's "
+            f"name, [:, {fits[0]}:]"
+        )
+    return f"{here}say which, feat.unflatten(1, (h, w)) or, behind a tap's name, :grid(h, w)"
+
+
+def check_masks(
+    masks: Masks, names: Sequence[str], shapes: Sequence[Sequence[int]], device: torch.device
+) -> list[Tensor | None] | None:
+    """One mask (B, *spatial), or None, per pair; `shapes` are those of the student's maps. None: no masks."""
+    if isinstance(masks, Tensor) or not isinstance(masks, Sequence):
+        raise TypeError(f"masks must be a sequence, one mask or None per pair, got {described(masks)}")
+    if len(masks) != len(shapes):
+        raise ValueError(f"masks must have one per pair: got {len(masks)} for {len(shapes)} pairs")
+    for name, mask, shape in zip(names, masks, shapes, strict=True):
+        if mask is None:
+            continue
+        kind: type[Exception] = ValueError
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind, problem = TypeError, f"must be a bool tensor {tuple(shape)}"
+        elif tuple(mask.shape) != tuple(shape):
+            problem = f"must have the shape of the student's map, {tuple(shape)}"
+        elif mask.device != device:
+            problem = f"is on {mask.device}, the student on {device}"
+        else:
+            continue
+        raise kind(f"{name}: the mask {described(mask, dtype=True)} {problem}")
+    return None if all(mask is None for mask in masks) else list(masks)
+
+
+def check_batches(names: Sequence[str], sizes: Sequence[int]) -> None:
+    """With reduction="batch" the losses of all pairs' samples are the rows of one tensor."""
+    for name, size in zip(names, sizes, strict=True):
+        if size != sizes[0]:
+            raise ValueError(
+                f'{name}: reduction="batch" needs one batch size in all pairs, got {size} and, in the first, '
+                f"{sizes[0]}"
+            )
 
 
 _warned_shapes: set[tuple[int, ...]] = set()
@@ -178,15 +261,38 @@ def warn_if_channels_last(feat: Tensor, channel_dim: int, what: str) -> None:
     )
 
 
+def warn_if_tokens_in_a_line(
+    student: torch.Size, teacher: torch.Size, dims: tuple[int, int], what: str
+) -> None:
+    """Warn, once per sizes, where maps of (B, N, C) tokens that may be grids are resized along a line."""
+    if len(student) != 1 or len(teacher) != 1 or student == teacher or torch.compiler.is_compiling():
+        return
+    sizes = student[0], teacher[0]
+    last = all(dim % 3 == 2 for dim in dims)
+    if not last or sizes in _warned_shapes or not all(n > 1 and _may_fill_a_square(n) for n in sizes):
+        return
+    _warned_shapes.add(sizes)
+    warnings.warn(
+        f"{what}: the maps of {sizes[0]} and {sizes[1]} tokens are resized along a line; if they are the "
+        "rows of grids, give both their grid: feat[:, 1:].unflatten(1, (h, w)) or, behind a tap's name, "
+        "[:, 1:]:grid (without [:, 1:] where there is no class token)",
+        stacklevel=4,
+    )
+
+
+def _may_fill_a_square(tokens: int) -> bool:
+    """Whether they fill a square grid, with or without class and distillation tokens."""
+    return any(math.isqrt(tokens - extra) ** 2 == tokens - extra for extra in (0, 1, 2))
+
+
 def _looks_channels_last(shape: tuple[int, ...]) -> bool:
     """Whether sizes behind the batch are (H, W, C) with H = W, or (N, C) with N a grid of tokens."""
     if len(shape) == 3:
         return shape[0] == shape[1] != shape[2] and shape[0] > 1 and shape[2] % 16 == 0
     if len(shape) == 2 and shape[0] > 1:
         tokens, channels = shape
-        # A square grid, with or without class and distillation tokens; a power of 2 is as likely channels.
-        grid = any(math.isqrt(tokens - extra) ** 2 == tokens - extra for extra in (0, 1, 2))
-        return grid and channels % 16 == 0 and tokens.bit_count() > 1
+        # A power of 2 is as likely channels.
+        return _may_fill_a_square(tokens) and channels % 16 == 0 and tokens.bit_count() > 1
     return False
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -98,15 +98,6 @@ class ModelTaps:
             handle.remove()
         self._handles.clear()
         self.clear()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within it the hooks do nothing."""
-        before, self.pass_.paused = self.pass_.paused, True
-        try:
-            yield
-        finally:
-            self.pass_.paused = before
 
     def missing(self) -> str | None:
         """Why the latest pass has not recorded every feature, in a sentence; None if it has."""

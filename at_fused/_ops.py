@@ -212,9 +212,10 @@ class _Loss(torch.autograd.Function):
 
             def recompute(*feats: Tensor) -> list[Tensor]:
                 students, teachers = feats[:count], feats[count:]
+                reduction = "sum" if reduce else "none"
                 return [
                     reference.attention_loss(
-                        students, teachers, ctx.weights, p, mapping, eps=eps, reduce=reduce
+                        students, teachers, ctx.weights, p, mapping, eps=eps, reduction=reduction
                     )
                 ]
 

@@ -1,12 +1,10 @@
-"""Student and teacher side by side: the pairs of names, one option per pair, what the models share."""
+"""Student and teacher side by side: the pairs of names, what the models share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from ._hooks import ModelTaps
-
-ChannelDim = int | Sequence[int]
 
 
 def pair_names(
@@ -31,16 +29,6 @@ def pair_names(
     if not s_names:
         raise ValueError("names are empty: at least one pair is needed")
     return s_names, teachers
-
-
-def per_pair(what: str, value: ChannelDim, count: int) -> tuple[int, ...]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (value,) * count
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"{what} must be an integer or one per pair, got {type(value).__name__}")
-    if len(value) != count:
-        raise ValueError(f"{what} must be an integer or one per pair: got {len(value)} for {count} pairs")
-    return tuple(value)
 
 
 def settle_what_is_shared(student: ModelTaps, teacher: ModelTaps) -> None:

@@ -6,6 +6,7 @@ import ast
 import copy
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch.fx
 from torch import Tensor, nn
 
 _INPUT, _OUTPUT = ":input", ":output"
+_GRID = re.compile(r":grid(?:\((\d+), *(\d+)\))?$")
 
 
 class Selector(NamedTuple):
@@ -24,8 +26,30 @@ class Selector(NamedTuple):
     path: tuple[Any, ...]
 
 
+class Grid(NamedTuple):
+    """The last of a path: tokens (B, N, C) become (B, rows, columns, C); 0 and 0 stand for a square."""
+
+    rows: int = 0
+    columns: int = 0
+
+    def of(self, tokens: Tensor, name: str) -> Tensor:
+        if tokens.ndim != 3:
+            raise ValueError(f"tap {name!r}: {tuple(tokens.shape)} are no tokens (B, N, C) to fill a grid")
+        count = tokens.shape[1]
+        side = int(count**0.5 + 0.5)  # not math.isqrt: it may be a symbol
+        rows, columns = self if self.rows else (side, side)
+        if rows * columns != count:
+            grid = f"a grid of {rows} x {columns}" if self.rows else "a square grid"
+            raise ValueError(
+                f"tap {name!r}: the {count} tokens of {tuple(tokens.shape)} do not fill {grid}: leave out "
+                "those that have no place in the image, as in 'block[:, 1:]:grid', or say which grid, as in "
+                "'block:grid(7, 10)'"
+            )
+        return tokens.unflatten(1, (rows, columns))
+
+
 def parse(name: str, modules: Mapping[str, nn.Module]) -> Selector:
-    """The selector that `name` spells: "layer3", "fpn['0']", "block[0]", "encoder[:, 1:]", "block:input".
+    """The selector that `name` spells: "layer3", "fpn['0']", "block[0]", "block:input", "block[:, 1:]:grid".
 
     Raises:
         TypeError: `name` is not a string.
@@ -35,7 +59,8 @@ def parse(name: str, modules: Mapping[str, nn.Module]) -> Selector:
         raise TypeError(f"names must be strings, got {name!r}")
     if name in modules:
         return Selector(name, name, False, ())
-    head, bracket, rest = name.partition("[")
+    grid = _GRID.search(name)
+    head, bracket, rest = name[: grid.start() if grid else None].partition("[")
     module = head.removesuffix(_INPUT).removesuffix(_OUTPUT)
     if module not in modules:
         raise ValueError(unknown_name(module, list(modules)))
@@ -44,8 +69,10 @@ def parse(name: str, modules: Mapping[str, nn.Module]) -> Selector:
     except (SyntaxError, ValueError):
         raise ValueError(
             f"{name!r} can't be read: after a module's name may stand ':input', then indices such as "
-            "[0], ['key'] or [:, 1:]"
+            "[0], ['key'] or [:, 1:], then ':grid' or ':grid(rows, columns)'"
         ) from None
+    if grid:
+        path = *path, Grid(*(int(size or 0) for size in grid.groups()))
     return Selector(name, module, head.endswith(_INPUT), path)
 
 
@@ -71,9 +98,13 @@ def select(value: Any, selector: Selector) -> Any:
 
     Raises:
         TypeError: it leads nowhere, or not to a tensor; the message lists what is there.
+        ValueError: tokens that do not fill the grid.
     """
     found = value
     for index in selector.path:
+        if isinstance(index, Grid):
+            found = index.of(found, selector.name) if isinstance(found, Tensor) else found
+            continue
         try:
             found = found[index] if not _is_attribute(found, index) else getattr(found, index)
         except (LookupError, TypeError, AttributeError):

@@ -10,8 +10,12 @@ from torch import Tensor, nn
 
 from . import _ops, backends, reference
 from ._checks import (
+    ChannelDim,
     Features,
+    Masks,
     channels_second,
+    check_batches,
+    check_masks,
     check_options,
     check_pairs,
     check_real,
@@ -73,8 +77,10 @@ def attention_loss(
     weights: Sequence[float] | None = None,
     reduction: str = "sum",
     resize: str = "bilinear",
-    channel_dim: int = 1,
+    channel_dim: ChannelDim = 1,
+    t_channel_dim: ChannelDim | None = None,
     eps: float = reference.EPS,
+    masks: Masks | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Activation-based attention-transfer loss between student and teacher (section 3.1, Eq. 2).
@@ -94,21 +100,30 @@ def attention_loss(
             beta = 1000), or "norm", the mean over the batch of the difference's q-norm (Eq. 2: beta / 2).
         norm_order: q >= 1 of distance="norm"; not the exponent p.
         weights: one factor per pair; None means 1 for each.
-        reduction: "sum" over pairs, or "none".
+        reduction: "sum" over pairs, "none", or "batch": each sample's loss in each pair.
         resize: what to do when a pair's spatial sizes differ: interpolate the teacher's *map* to the
-            student's grid ("bilinear", without align_corners, or "nearest"), or raise ("error").
-        channel_dim: dimension of the channels in every feature; -1 for (B, N, C) tokens.
+            student's grid ("bilinear", without align_corners, or "nearest"), or raise ("error"). Against a
+            map (H, W), N tokens are the rows of a grid of H : W.
+        channel_dim: dimension of the channels in every feature, or one per pair; -1 for (B, N, C) tokens.
+        t_channel_dim: the same for the teacher's; None: as the student's.
         eps: lower bound of the norms, applied in fp32; with 0 a map of zeros gives NaN.
+        masks: which positions count: per pair a bool tensor (B, *spatial) of the student's sizes, or None
+            for all. Both maps become Q * mask before they are normalised, "mse" is the mean over the
+            positions of each sample that count, and a sample without any contributes 0: a padded sample
+            has the loss, and the gradient, of the cropped one. The teacher's map is resized before.
         backend: "auto", or one of `available_backends()`.
 
     Returns:
-        Scalar, or (n_pairs,) with reduction="none"; fp32 (fp64 if a feature is fp64). Gradients flow to
-        every feature that requires them, in its dtype and memory format. An empty batch gives 0.
+        Scalar, (n_pairs,) with reduction="none", or (n_pairs, B) with "batch", whose mean over the batch
+        and sum over pairs are that of "sum"; fp32 (fp64 if a feature is fp64). Gradients flow to every
+        feature that requires them, in its dtype and memory format. An empty batch gives 0.
 
     Raises:
-        TypeError: a feature that is not a floating-point tensor, or an option of a wrong type.
-        ValueError: numbers of features, batch sizes, devices, or (resize="error") spatial sizes that
-            differ, p < 1, an empty list, an unknown option, or a backend that can't serve.
+        TypeError: a feature that is not a floating-point tensor, a mask that is not a bool one, or an
+            option of a wrong type.
+        ValueError: numbers of features, batch sizes, devices, sizes of a mask, or (resize="error") spatial
+            sizes that differ, tokens that fill no grid, p < 1, an empty list, an unknown option, or a
+            backend that can't serve.
     """
     check_options(
         p,
@@ -121,13 +136,15 @@ def attention_loss(
         resize=resize,
         backend=backend,
     )
-    students, teachers = check_pairs(s_feats, t_feats, channel_dim, resize)
-    if channel_dim == 1:
-        for side, feats in (("student", students), ("teacher", teachers)):
-            for index, feat in enumerate(feats):
-                warn_if_channels_last(feat, channel_dim, f"pair {index}, {side}")
+    students, teachers = check_pairs(s_feats, t_feats, resize, channel_dim, t_channel_dim)
+    if masks is not None:
+        if isinstance(masks, Tensor) and isinstance(s_feats, Tensor):
+            masks = [masks]
+        shapes = [(student.shape[0], *student.shape[2:]) for student in students]
+        masks = check_masks(masks, _names(students), shapes, students[0].device)
+    if reduction == "batch":
+        check_batches(_names(students), [student.shape[0] for student in students])
     factors = [1.0] * len(students) if weights is None else check_weights(weights, len(students))
-    reduce = reduction == "sum"
     comparable = all(
         s.shape[2:] == t.shape[2:] and (s.dtype == torch.float64) == (t.dtype == torch.float64)
         for s, t in zip(students, teachers, strict=True)
@@ -135,9 +152,10 @@ def attention_loss(
 
     feats = [*students, *teachers]
     backend = backends.select(backend, feats, p, mapping)
-    if backend != "reference" and normalize == "l2" and distance == "mse" and comparable:
+    common = normalize == "l2" and distance == "mse" and reduction != "batch" and masks is None
+    if backend != "reference" and common and comparable:
         loss: Tensor = _ops.fused_loss(
-            students, teachers, factors, float(p), mapping, float(eps), reduce, backend
+            students, teachers, factors, float(p), mapping, float(eps), reduction == "sum", backend
         )
         return loss
 
@@ -147,13 +165,18 @@ def attention_loss(
         maps[: len(students)],
         maps[len(students) :],
         factors,
-        reduce=reduce,
+        reduction=reduction,
+        masks=masks,
         normalize=normalize,
         distance=distance,
         norm_order=norm_order,
         resize=resize,
         eps=eps,
     )
+
+
+def _names(students: Sequence[Tensor]) -> list[str]:
+    return [f"pair {index}: student {described(student)}" for index, student in enumerate(students)]
 
 
 class AttentionLoss(nn.Module):
@@ -167,7 +190,8 @@ class AttentionLoss(nn.Module):
             attribute: assign to it to schedule it.
 
     Shape:
-        forward(s_feats, t_feats) -> scalar, or (n_pairs,) with reduction="none".
+        forward(s_feats, t_feats, masks=None) -> scalar, (n_pairs,) with reduction="none", or (n_pairs, B)
+        with "batch".
     """
 
     def __init__(
@@ -182,7 +206,8 @@ class AttentionLoss(nn.Module):
         weights: Sequence[float] | None = None,
         reduction: str = "sum",
         resize: str = "bilinear",
-        channel_dim: int = 1,
+        channel_dim: ChannelDim = 1,
+        t_channel_dim: ChannelDim | None = None,
         eps: float = reference.EPS,
         backend: str = "auto",
     ) -> None:
@@ -199,19 +224,21 @@ class AttentionLoss(nn.Module):
             "reduction": reduction,
             "resize": resize,
             "channel_dim": channel_dim,
+            "t_channel_dim": t_channel_dim,
             "eps": eps,
             "backend": backend,
         }
         # A wrong option is reported where it was written, not at the first step.
-        check_options(p, **{name: value for name, value in self.options.items() if name != "channel_dim"})
+        check_options(p, **{key: value for key, value in self.options.items() if "channel_dim" not in key})
 
-    def forward(self, s_feats: Features, t_feats: Features) -> Tensor:
+    def forward(self, s_feats: Features, t_feats: Features, masks: Masks | None = None) -> Tensor:
+        options = {"masks": masks, **self.options}
         if torch.compiler.is_compiling():  # a beta within the weights would recompile each time it changes
-            return self.beta * attention_loss(s_feats, t_feats, self.p, weights=self.weights, **self.options)
+            return self.beta * attention_loss(s_feats, t_feats, self.p, weights=self.weights, **options)
         check_real("beta", self.beta)
         count = len(s_feats) if isinstance(s_feats, Sequence) else 1
         weights = [self.beta * weight for weight in self.weights or (1.0,) * count]
-        return attention_loss(s_feats, t_feats, self.p, weights=weights, **self.options)
+        return attention_loss(s_feats, t_feats, self.p, weights=weights, **options)
 
     def extra_repr(self) -> str:
         options = {"p": self.p, "beta": self.beta, "weights": self.weights, **self.options}

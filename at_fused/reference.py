@@ -174,20 +174,58 @@ def _nearest(maps: Tensor, size: tuple[int, ...]) -> Tensor:
 RESIZES = {"bilinear": _linear, "nearest": _nearest}
 
 
-def map_distance(student: Tensor, teacher: Tensor, distance: str, norm_order: float) -> Tensor:
-    """The distance of two (B, *spatial) maps, a scalar."""
-    return DISTANCES[distance]((student - teacher).flatten(1), norm_order)
+def tokens_grid(count: int, like: Sequence[int]) -> tuple[int, int] | None:
+    """Rows and columns that `count` tokens fill in the proportions of the grid `like`, or None."""
+    height, width = like
+    if 0 in (count, height, width):
+        return None
+    rows = int((count * height / width) ** 0.5 + 0.5)  # not math.isqrt: these may be symbols
+    return (rows, count // rows) if rows and rows * rows * width == count * height else None
 
 
-def _mean_square(difference: Tensor, norm_order: float) -> Tensor:
-    """The mean over batch and positions, as in the authors' code."""
-    return difference.square().sum() / max(difference.numel(), 1)  # an empty batch gives 0, not NaN
+def of_one_rank(student: Sequence[int], teacher: Sequence[int]) -> tuple[Sequence[int], Sequence[int]] | None:
+    """Sizes of two maps with as many dimensions: tokens are the rows, one after the other, of a grid in the
+    other map's proportions. None where there is no such grid."""
+    if len(student) == len(teacher):
+        return student, teacher
+    if (len(student), len(teacher)) == (1, 2):
+        found = tokens_grid(student[0], teacher)
+        return found and (found, teacher)
+    if (len(student), len(teacher)) == (2, 1):
+        found = tokens_grid(teacher[0], student)
+        return found and (student, found)
+    return None
 
 
-def _mean_norm(difference: Tensor, norm_order: float) -> Tensor:
-    """The mean over the batch of the q-norm over positions, Eq. 2."""
+def on_one_grid(student: Tensor, teacher: Tensor, resize: str) -> tuple[Tensor, Tensor]:
+    """Two maps (B, *spatial) of the student's sizes."""
+    sizes = of_one_rank(student.shape[1:], teacher.shape[1:])
+    if sizes is None:
+        raise ValueError(f"maps {tuple(student.shape)} and {tuple(teacher.shape)} have no common grid")
+    if student.ndim < teacher.ndim:
+        student = student.unflatten(1, sizes[0])
+    elif teacher.ndim < student.ndim:
+        teacher = teacher.unflatten(1, sizes[1])
+    return student, resize_map(teacher, sizes[0], resize)
+
+
+def mask_map(attention: Tensor, mask: Tensor) -> Tensor:
+    """`attention` (B, *spatial) with 0 where `mask` is false; of a sample without any position that counts, a
+    map of ones: such maps are equal, whatever they are divided by."""
+    uncounted = ~mask.flatten(1).any(1)
+    fill = uncounted.to(attention.dtype).view(-1, *[1] * (attention.ndim - 1))
+    return torch.where(mask, attention, fill)
+
+
+def _mean_square(difference: Tensor, counted: int | Tensor, norm_order: float) -> Tensor:
+    """The mean over the positions that count; with the mean over the batch, that of the authors' code."""
+    return difference.square().sum(1) / counted
+
+
+def _norm(difference: Tensor, counted: int | Tensor, norm_order: float) -> Tensor:
+    """The q-norm over positions, Eq. 2."""
     if not difference.shape[1]:
-        return difference.sum()  # no maximum of no positions: 0
+        return difference.sum(1)  # no maximum of no positions: 0
     # Scaled by the largest difference, so that no power underflows; equal maps, where the norm has no
     # derivative, are replaced by ones.
     largest = difference.detach().abs().amax(1)
@@ -196,11 +234,25 @@ def _mean_norm(difference: Tensor, norm_order: float) -> Tensor:
     norms = torch.linalg.vector_norm(
         (difference / scale[:, None]).masked_fill(equal[:, None], 1), norm_order, dim=1
     )
-    return (norms * scale).masked_fill(equal, 0).sum() / max(norms.numel(), 1)
+    return (norms * scale).masked_fill(equal, 0)
 
 
-# From the differences (B, positions) of two maps and the order of the norm, where there is one, to a scalar.
-DISTANCES: dict[str, Callable[[Tensor, float], Tensor]] = {"mse": _mean_square, "norm": _mean_norm}
+# From the differences (B, positions) of two maps, 0 where a position does not count, the number of positions
+# that count (at least 1; one for all or (B,)) and the order of the norm to each sample's distance (B,).
+DISTANCES: dict[str, Callable[[Tensor, Any, float], Tensor]] = {"mse": _mean_square, "norm": _norm}
+
+
+def _means(losses: Sequence[Tensor]) -> Tensor:
+    """Each pair's mean over the batch; an empty batch gives 0, not NaN."""
+    return torch.stack([of_pair.sum() / max(of_pair.numel(), 1) for of_pair in losses])
+
+
+# From each pair's losses (B,), one per sample.
+REDUCTIONS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
+    "sum": lambda losses: _means(losses).sum(),
+    "none": _means,
+    "batch": lambda losses: torch.stack([*losses]),
+}
 
 
 def loss_from_maps(
@@ -208,22 +260,33 @@ def loss_from_maps(
     teachers: Sequence[Tensor],
     weights: Sequence[float],
     *,
-    reduce: bool,
+    reduction: str,
     eps: float,
+    masks: Sequence[Tensor | None] | None = None,
     normalize: str | None = "l2",
     distance: str = "mse",
     norm_order: float = 2,
     resize: str = "error",
 ) -> Tensor:
-    """The loss from raw maps; a teacher's is resized to its student's grid, then normalised."""
+    """The loss from raw maps (B, *spatial); a teacher's is resized to its student's grid, then normalised.
+
+    Where the student's map has a mask m of its sizes, both maps become Q * m before their norms are taken,
+    "mse" is the mean over the sum(m) positions of each sample, and a sample without any is 0. So a padded
+    sample has the loss of the cropped one.
+    """
     losses = []
-    for student, teacher, weight in zip(students, teachers, weights, strict=True):
+    for index, (student, teacher, weight) in enumerate(zip(students, teachers, weights, strict=True)):
+        mask = None if masks is None else masks[index]
         with without_autocast(student.device.type):
-            teacher = normalize_map(resize_map(teacher, student.shape[1:], resize), normalize, eps)
-            student = normalize_map(student, normalize, eps)
-            losses.append(weight * map_distance(student, teacher, distance, norm_order))
-    stacked = torch.stack(losses)
-    return stacked.sum() if reduce else stacked
+            student, teacher = on_one_grid(student, teacher, resize)
+            counted: int | Tensor = max(student.shape[1:].numel(), 1)
+            if mask is not None:
+                mask = mask.reshape(student.shape)
+                student, teacher = mask_map(student, mask), mask_map(teacher, mask)
+                counted = mask.flatten(1).sum(1).clamp_min(1)
+            difference = normalize_map(student, normalize, eps) - normalize_map(teacher, normalize, eps)
+            losses.append(weight * DISTANCES[distance](difference.flatten(1), counted, norm_order))
+    return REDUCTIONS[reduction](losses)
 
 
 def attention_loss(
@@ -234,7 +297,7 @@ def attention_loss(
     mapping: str,
     **options: Any,
 ) -> Tensor:
-    """Attention-transfer loss over all pairs, a scalar if `reduce`, else (n_pairs,); options as above."""
+    """Attention-transfer loss over all pairs, a scalar or as `reduction` says; options as above."""
     student_maps, teacher_maps = (
         [attention_map(feat, p, mapping) for feat in feats] for feats in (students, teachers)
     )

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _ops, backends, reference
 from ._checks import (
-    channels_second,
+    ChannelDim,
+    check_batches,
+    check_masks,
     check_options,
     check_real,
     check_weights,
     described,
-    feature_error,
+    dims_of_both,
     map_mismatch,
-    warn_if_channels_last,
+    warn_if_tokens_in_a_line,
 )
 from ._hooks import ModelTaps, is_complete
-from ._pairs import ChannelDim, pair_names, per_pair, settle_what_is_shared
-from ._selectors import Selector, leads_to_a_part
+from ._pairs import pair_names, settle_what_is_shared
+from ._tapped_map import TakeMap, TappedMap
+from ._tapping import Tapping
 from ._tracing import constant
 
 
-class AttentionTransfer:
+class AttentionTransfer(Tapping):
     """The attention-transfer loss of a student and a teacher (section 3.1, Eq. 2), from their forward passes.
 
     ```
@@ -56,8 +57,9 @@ class AttentionTransfer:
         normalize: "l2", "l1", or None, over each sample's positions.
         distance: "mse" (the authors' code: beta = 1000) or "norm" (Eq. 2: beta / 2).
         norm_order: q >= 1 of distance="norm".
-        reduction: "sum" over pairs, or "none".
+        reduction: "sum" over pairs, "none", or "batch": each sample's loss in each pair.
         resize: "bilinear" or "nearest" to interpolate the teacher's maps to the student's sizes, or "error".
+            Against a map (H, W), N tokens are the rows of a grid of H : W.
         channel_dim: dimension of the channels in the student's features, one for all or one per pair.
         t_channel_dim: the same for the teacher's; None: as the student's.
         eps: lower bound of the norms.
@@ -66,11 +68,13 @@ class AttentionTransfer:
     Attributes:
         losses: {student's name: its weighted term, beta included, detached} of the last call.
 
-    A call, `transfer()`, uses up one forward pass of each model and returns a scalar, or (n_pairs,) with
-    reduction="none", in fp32 (fp64 if a feature is fp64). `transfer(teacher_maps)` compares with given maps
-    (B, *spatial) instead, one per pair, of any float dtype, normalised or not, as `attention_map` returns
-    them: so a teacher can run once, and its maps be kept. Hooks live from construction until the `with` block
-    ends, or until `close()`; a copy of a model is not tapped.
+    A call, `transfer()`, uses up one forward pass of each model and returns a scalar, (n_pairs,) with
+    reduction="none", or (n_pairs, B) with "batch", in fp32 (fp64 if a feature is fp64).
+    `transfer(teacher_maps)` compares with given maps (B, *spatial) instead, one per pair, of any float dtype,
+    normalised or not, as `attention_map` returns them: so a teacher can run once, and its maps be kept. With
+    `transfer(masks=masks)` only positions whose mask is true count, as in `attention_loss`: per pair a bool
+    (B, *spatial) of the student's map, or None. Hooks live from construction until the `with` block ends, or
+    until `close()`; a copy of a model is not tapped.
 
     Raises:
         ValueError, TypeError: unknown or repeated names, options as for `attention_loss`; from a call,
@@ -126,14 +130,13 @@ class AttentionTransfer:
             "resize": resize,
         }
         self.losses: dict[str, Tensor] = {}
-        s_dims = per_pair("channel_dim", channel_dim, count)
-        t_dims = s_dims if t_channel_dim is None else per_pair("t_channel_dim", t_channel_dim, count)
+        self._dims = s_dims, t_dims = dims_of_both(channel_dim, t_channel_dim, count)
         options = float(p), mapping, backend
         self._has_teacher = teacher is not None
-        self._student = ModelTaps(student, s_names, _TakeMap(s_names, s_dims, *options))
-        self._teacher = ModelTaps(None, t_names, _TakeMap(t_names, t_dims, *options))
+        self._student = ModelTaps(student, s_names, TakeMap(s_names, s_dims, *options))
+        self._teacher = ModelTaps(None, t_names, TakeMap(t_names, t_dims, *options))
         try:
-            self._teacher = ModelTaps(teacher, t_names, _TakeMap(t_names, t_dims, *options))
+            self._teacher = ModelTaps(teacher, t_names, TakeMap(t_names, t_dims, *options))
             if not (self._student.closed or self._teacher.closed):
                 settle_what_is_shared(self._student, self._teacher)
         except BaseException:
@@ -153,11 +156,17 @@ class AttentionTransfer:
         }
         self._warned: set[str] = set()
 
-    def __call__(self, teacher_maps: Sequence[Tensor] | None = None) -> Tensor:
+    def __call__(
+        self,
+        teacher_maps: Sequence[Tensor] | None = None,
+        *,
+        masks: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
         """The loss of the latest forward pass of each model; both are used up.
 
         Args:
             teacher_maps: what to compare the student with instead of the teacher's pass.
+            masks: which positions count, bool (B, *spatial) of the student's maps; None: all of them.
         """
         if not torch.compiler.is_compiling():
             check_real("beta", self.beta)
@@ -168,12 +177,20 @@ class AttentionTransfer:
             teachers = self._taken("teacher", self._teacher)
         else:
             raise RuntimeError("this transfer has no teacher: give its maps, transfer(teacher_maps)")
-        for pair in zip(self._student.names, self._teacher.names, students, teachers, strict=True):
+        names = self._student.names, self._teacher.names
+        for pair in zip(*names, students, teachers, zip(*self._dims, strict=True), strict=True):
             self._check(*pair)
-        losses = self._compare(students, teachers)
-        self._student.clear()
-        self._teacher.clear()
-        self.losses = dict(zip(self._student.names, losses.detach().unbind(), strict=True))
+        if masks is not None:
+            shapes = [student.shape for student in students]
+            masks = check_masks(masks, self._described(students), shapes, students[0].device)
+        if self.reduction == "batch":
+            check_batches(self._described(students), [student.shape[0] for student in students])
+        losses = self._compare(students, teachers, masks)
+        self.clear()
+        terms = losses.detach()
+        if self.reduction == "batch":
+            terms = terms.sum(1) / max(terms.shape[1], 1)
+        self.losses = dict(zip(self._student.names, terms.unbind(), strict=True))
         return losses.sum() if self.reduction == "sum" else losses
 
     def _taken(self, who: str, taps: ModelTaps) -> list[Tensor]:
@@ -184,7 +201,7 @@ class AttentionTransfer:
             raise RuntimeError(f"{who}: {problem}")
         maps = []
         for name in taps.names:
-            taken: _Map = taps.pass_.records[name].value
+            taken: TappedMap = taps.pass_.records[name].value
             trained = who == "student" and torch.is_grad_enabled()
             lost = trained and not taken.attention.requires_grad
             if lost and (problem := taps.lost_gradient(name, student=True)):
@@ -216,7 +233,13 @@ class AttentionTransfer:
                 )
         return [given.to(student.dtype) for given, student in zip(maps, students, strict=True)]
 
-    def _check(self, s_name: str, t_name: str, student: Tensor, teacher: Tensor) -> None:
+    def _described(self, students: Sequence[Tensor]) -> list[str]:
+        pairs = zip(self._student.names, students, strict=True)
+        return [f"{name!r} {described(student)}" for name, student in pairs]
+
+    def _check(
+        self, s_name: str, t_name: str, student: Tensor, teacher: Tensor, dims: tuple[int, int]
+    ) -> None:
         """Raise what keeps two maps (B, *spatial) from being compared."""
         pair = f"{s_name!r} {described(student)} and {t_name!r} {described(teacher)}"
         if student.shape[:1] != teacher.shape[:1]:
@@ -226,6 +249,7 @@ class AttentionTransfer:
             )
         if problem := map_mismatch(student, teacher, self.distance["resize"]):
             raise ValueError(f"the maps of student and teacher, {pair}, {problem}")
+        warn_if_tokens_in_a_line(student.shape[1:], teacher.shape[1:], dims, f"{s_name!r} and {t_name!r}")
         if self.distance["normalize"] and student.shape[1:].numel() == 1:
             self._warn(
                 f"the maps of {s_name!r} have a single position: normalised they are 1 whatever the feature, "
@@ -237,12 +261,16 @@ class AttentionTransfer:
             self._warned.add(text)
             _warn(text)
 
-    def _compare(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
-        """The weighted distance of each pair, beta included: (n_pairs,)."""
+    def _compare(
+        self, students: list[Tensor], teachers: list[Tensor], masks: Sequence[Tensor | None] | None
+    ) -> Tensor:
+        """The weighted distance of each pair, beta included: (n_pairs,), or (n_pairs, B)."""
         comparable = all(
             s.shape == t.shape and s.dtype == t.dtype for s, t in zip(students, teachers, strict=True)
         )
-        hot = self.distance["normalize"] == "l2" and self.distance["distance"] == "mse" and comparable
+        each_sample = self.reduction == "batch"
+        common = self.distance["normalize"] == "l2" and self.distance["distance"] == "mse"
+        hot = common and comparable and masks is None and not each_sample
         if hot and not torch.compiler.is_compiling():
             # A map is its own F_sum^1 over one channel: the fused loss takes maps as it takes features.
             s_maps, t_maps = [s.unsqueeze(1) for s in students], [t.unsqueeze(1) for t in teachers]
@@ -254,32 +282,14 @@ class AttentionTransfer:
                 )
                 return losses
         # Not into the weights: a beta within them would recompile each time that it changes.
+        reduction = "batch" if each_sample else "none"
         return self.beta * reference.loss_from_maps(
-            students, teachers, self.weights, reduce=False, **self.distance
+            students, teachers, self.weights, reduction=reduction, masks=masks, **self.distance
         )
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within this context passes of both models are not recorded, and cost no maps: for an
-        evaluation between two steps, say.
-
-        What was recorded before is kept. The backward pass of a checkpointed pass belongs within it, too.
-        """
-        with self._student.paused(), self._teacher.paused():
-            yield
-
-    def close(self) -> None:
-        """Removes the hooks from both models and forgets what they recorded."""
-        self._student.close()
-        self._teacher.close()
-
-    def __enter__(self) -> AttentionTransfer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    @property
+    def _models(self) -> tuple[ModelTaps, ...]:
+        return self._student, self._teacher
 
     def __repr__(self) -> str:
         names = zip(self._student.names, self._teacher.names, strict=True)
@@ -300,41 +310,6 @@ def _copied(models: list[nn.Module | None], options: dict[str, Any]) -> Attentio
     if not all(is_complete(model) for model in models):
         student = None  # closed
     return AttentionTransfer(student, teacher if student else None, **options)  # type: ignore[arg-type]
-
-
-class _Map(NamedTuple):
-    """A raw map (B, *spatial); where it has a gradient, also the feature, and its version then."""
-
-    attention: Tensor
-    feature: Tensor | None
-    version: int
-
-
-class _TakeMap:
-    """Takes the map of a feature where it is made."""
-
-    def __init__(
-        self, names: Sequence[str], dims: Sequence[int], p: float, mapping: str, backend: str
-    ) -> None:
-        self.dims = dict(zip(names, dims, strict=True))
-        self.p, self.mapping, self.backend = p, mapping, backend
-
-    def __call__(self, feature: Tensor, selector: Selector, value: Any) -> tuple[_Map, Tensor | None]:
-        dim, p, mapping = self.dims[selector.name], self.p, self.mapping
-        if error := feature_error(feature, dim):
-            kind, text = error
-            raise kind(f"tap {selector.name!r}: the feature {described(feature)} {text}")
-        if torch.compiler.is_compiling():  # the compiler joins the plain formula to the feature's kernel
-            return _Map(reference.attention_map(channels_second(feature, dim), p, mapping), None, 0), None
-        warn_if_channels_last(feature, dim, f"tap {selector.name!r}")
-        second = channels_second(feature, dim)
-        backend = backends.select(self.backend, [second], p, mapping)
-        if not (torch.is_grad_enabled() and feature.requires_grad):
-            return _Map(_ops.raw_maps([second], p, mapping, backend)[0], None, 0), None
-        if backend == "reference" or leads_to_a_part(value, selector.path):
-            return _Map(_ops.raw_maps([second], p, mapping, backend)[0], feature, feature._version), None
-        passed_on, attention = _ops.feature_and_map(feature, p, mapping, backend, dim)
-        return _Map(attention, passed_on, passed_on._version), passed_on
 
 
 @constant

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
-from types import TracebackType
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +11,10 @@ from torch import Tensor, nn
 
 from .._hooks import ModelTaps, is_complete
 from .._selectors import Selector
+from .._tapping import Tapping
 
 
-class FeatureTaps:
+class FeatureTaps(Tapping):
     """Records named features of a model during each forward pass.
 
     ```
@@ -88,30 +87,9 @@ class FeatureTaps:
             self._warned.add((name, text))
             warnings.warn(text, stacklevel=4)
 
-    def clear(self) -> None:
-        """Forgets the recorded features, so that they do not outlive the step."""
-        self._taps.clear()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within this context passes are not recorded, and cost nothing: an evaluation between two steps.
-
-        What was recorded before is kept. The backward pass of a checkpointed pass belongs within it, too.
-        """
-        with self._taps.paused():
-            yield
-
-    def close(self) -> None:
-        """Removes the hooks and forgets the features."""
-        self._taps.close()
-
-    def __enter__(self) -> FeatureTaps:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    @property
+    def _models(self) -> tuple[ModelTaps, ...]:
+        return (self._taps,)
 
     def __repr__(self) -> str:
         state = "closed" if self._taps.closed else type(self._taps.model()).__name__
