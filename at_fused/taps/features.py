@@ -30,6 +30,7 @@ class FeatureTaps(Tapping):
             its output; what is within a tuple, list, dict or dataclass is selected by indices
             ("fpn['0']", "block[0]"), a part of a tensor by slices ("blocks.11[:, 1:]"), and what the module
             receives by ":input" ("block:input", its first argument; "block:input[1]", "block:input['x']").
+            Behind all of this, ":grid" (a square) or ":grid(7, 10)" makes (B, 7, 10, C) of tokens (B, 70, C).
 
     `features` holds those of the model's latest forward pass, never of an earlier one. A module called
     several times in one pass keeps its last output. Nothing is copied: where a later module works in place on

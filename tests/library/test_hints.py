@@ -178,8 +178,13 @@ def test_bad_channels(channels: tuple, kind: type[Exception], words: str) -> Non
 @pytest.mark.parametrize(
     "s, t, kind, words",
     [
-        ((2, 4, 3, 3), (2, 6, 3, 4), ValueError, "(2, 4, 3, 3) and teacher (2, 6, 3, 4) must have the same"),
-        ((2, 4, 3, 3), (3, 6, 3, 3), ValueError, "same batch"),
+        (
+            (2, 4, 3, 3),
+            (3, 6, 3, 3),
+            ValueError,
+            "(2, 4, 3, 3) and teacher (3, 6, 3, 3) must have the same batch",
+        ),
+        ((2, 4, 3, 3), (2, 6, 0, 3), ValueError, "differ in spatial size, and one is empty"),
         ((2, 5, 3, 3), (2, 6, 3, 3), ValueError, "must have 4 and 6 channels"),
         ((2, 4, 3), (2, 6, 3), ValueError, "(2, 4, 3) and teacher (2, 6, 3) must be (B, C, H, W)"),
     ],
