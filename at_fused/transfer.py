@@ -71,10 +71,10 @@ class AttentionTransfer(Tapping):
     A call, `transfer()`, uses up one forward pass of each model and returns a scalar, (n_pairs,) with
     reduction="none", or (n_pairs, B) with "batch", in fp32 (fp64 if a feature is fp64).
     `transfer(teacher_maps)` compares with given maps (B, *spatial) instead, one per pair, of any float dtype,
-    normalised or not, as `attention_map` returns them: so a teacher can run once, and its maps be kept. With
-    `transfer(masks=masks)` only positions whose mask is true count, as in `attention_loss`: per pair a bool
-    (B, *spatial) of the student's map, or None. Hooks live from construction until the `with` block ends, or
-    until `close()`; a copy of a model is not tapped.
+    normalised or not, as `attention_map` and `transfer.teacher_maps()` return them: so a teacher can run
+    once, and its maps be kept. With `transfer(masks=masks)` only positions whose mask is true count, as in
+    `attention_loss`: per pair a bool (B, *spatial) of the student's map, or None. Hooks live from
+    construction until the `with` block ends, or until `close()`; a copy of a model is not tapped.
 
     Raises:
         ValueError, TypeError: unknown or repeated names, options as for `attention_loss`; from a call,
@@ -192,6 +192,22 @@ class AttentionTransfer(Tapping):
             terms = terms.sum(1) / max(terms.shape[1], 1)
         self.losses = dict(zip(self._student.names, terms.unbind(), strict=True))
         return losses.sum() if self.reduction == "sum" else losses
+
+    def teacher_maps(self) -> list[Tensor]:
+        """The teacher's maps of its latest forward pass, which this uses up: to keep, and to give to a call.
+
+        One per pair, (B, *spatial) in fp32 (fp64 for fp64 features), divided by its norm if there is one:
+        nothing in them leaves the range of fp16 then.
+
+        Raises:
+            RuntimeError: as from a call.
+        """
+        if not self._has_teacher:
+            raise RuntimeError("this transfer has no teacher, and no maps of one")
+        maps = self._taken("teacher", self._teacher)
+        self._teacher.clear()
+        normalize, eps = self.distance["normalize"], self.distance["eps"]
+        return [reference.normalize_map(one, normalize, eps) for one in maps]
 
     def _taken(self, who: str, taps: ModelTaps) -> list[Tensor]:
         """The maps of a model's latest pass, known to be whole and, of the student, to carry gradients."""

@@ -42,6 +42,8 @@ def check(config: Config, *, paths: bool) -> None:
         raise ValueError(
             f"at-start-epoch {config.at_start_epoch} is beyond the last of {config.epochs} epochs"
         )
+    if config.teacher_cache != "off":
+        _check_teacher_cache(config)
     for setting, reason in method.forbids.items():
         key, _, forbidden = setting.partition(" ")
         value = getattr(config, key.replace("-", "_"))
@@ -60,3 +62,16 @@ def _check_optimization(config: Config) -> None:
         raise ValueError(
             f"warmup-epochs {config.warmup_epochs:g} leaves none of {config.epochs} epochs after it"
         )
+
+
+def _check_teacher_cache(config: Config) -> None:
+    method, where = METHODS[config.method], f"teacher-cache {config.teacher_cache}"
+    if not method.teacher_can_be_kept:
+        names = ", ".join(name for name, other in METHODS.items() if other.teacher_can_be_kept)
+        raise ValueError(f"{where} is for the methods {names}, not for method {config.method}")
+    if not config.augment_cycle:
+        raise ValueError(f"{where} needs augment-cycle: without, no image comes a second time as it was")
+    if config.mixup or config.cutmix:
+        raise ValueError(f"{where} can't be combined with mixup or cutmix: mixed images are new each time")
+    if config.teacher_cache_dtype == "fp16" and config.normalize == "none" and method.has_term:
+        raise ValueError("teacher-cache-dtype fp16 can't hold the maps of normalize none; bf16 and fp32 can")

@@ -71,6 +71,8 @@ class Config(BaseModel):
     """height and width of the images of a data set of files"""
     augment: Literal["crop-flip", "flip", "none"] = "crop-flip"
     """random crops, and flips where the data allow them"""
+    augment_cycle: int = Field(0, ge=0)
+    """epochs after which each image's crops and flips are repeated, in a new order; 0: never"""
     crop_padding: Literal["reflect", "zeros"] = "reflect"
     """what borders the images of a data set in memory before they are cropped: their reflection, or black"""
     max_unreadable: int = Field(100, ge=0)
@@ -98,6 +100,10 @@ class Config(BaseModel):
     """more arguments of the teacher's own"""
     teacher_checkpoint: Path | Literal[True] | None = None
     """the teacher's weights: model.pt or checkpoint.pt of its run, another file, or true: those published"""
+    teacher_cache: Literal["off", "memory"] | Path = "off"
+    """off, memory, or a folder that runs may share: the teacher runs in one augment-cycle alone"""
+    teacher_cache_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """what teacher-cache keeps the teacher's maps and logits in"""
 
     method: Annotated[str, OneOf(lambda: METHODS)] = "none"
     """how the student learns from the teacher"""
@@ -275,6 +281,11 @@ class Config(BaseModel):
         if "\0" in str(value):
             raise ValueError("holds a null character")
         return expand(str(value)) if isinstance(value, (str, Path)) else value
+
+    @field_validator("teacher_cache", mode="before")
+    @classmethod
+    def _off_or_named(cls, value: Any) -> Any:
+        return "off" if value is False else value if value in ("off", "memory") else cls._named(value)
 
     @field_validator("pretrained", mode="before")
     @classmethod

@@ -53,3 +53,13 @@ def _is_at(file: IO[str], path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Let no other process be within this for `folder` meanwhile, and wait for one that is."""
+    with open(folder / LOCK, "a") as file:
+        if fcntl:
+            with suppress(OSError):  # a file system without locks
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        yield

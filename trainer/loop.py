@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer import build, distributed, evaluation, reporting, results, run_folder, schedules
 from trainer.hardware import computes
+from trainer.methods import Taught
 from trainer.objectives import objective
+from trainer.teacher_cache.layout import parts_of
 from trainer.torch_settings import autocast, in_layout, new_pass
 from trainer.watch import Diverged
 
@@ -24,6 +26,8 @@ def train(run: Run) -> int:
     """Train to the run's last step and write its results; returns the process's exit code."""
     config, progress, reporter = run.config, run.progress, run.reporter
     _introduce(run)
+    if run.cache is not None:
+        reporter.say(run.cache.open())
     if progress.step:
         reporter.say(f"continuing from step {progress.step} of {run.last_step}")
         if run.start.path != run.folder / run_folder.CHECKPOINT:
@@ -73,6 +77,10 @@ def train_epoch(run: Run, stop: distributed.StopRequest) -> int:
     progress.partial = None
     epoch = progress.step // run.steps_per_epoch
     begun = time.perf_counter() - progress.seconds
+    if run.cache is not None:
+        every = [_batch(run, step) for step in range(run.steps_per_epoch)]
+        if signal := run.cache.begin_epoch(epoch, every, stop.poll, run.reporter.say):
+            return signal
     signal = train_steps(run, stop, begun)
     if progress.step % run.steps_per_epoch and progress.step < run.last_step:
         return signal
@@ -127,11 +135,12 @@ def train_steps(run: Run, stop: distributed.StopRequest, begun: float) -> int:
     run.reporter.begin_epoch(epoch + 1, config.epochs)
     parts = [_batch(run, step) for step in range(first, run.steps_per_epoch)]
     places = [run.mixing.places(part) for part in parts]
-    batches = run.dataset.training_batches(config.seed, epoch, places)
+    batches = run.dataset.training_batches(config.seed, epoch, places, config.augment_cycle)
     signal = 0
     for step, (part, (images, labels)) in enumerate(zip(parts, batches, strict=True), first):
         images, targets = run.mixing(images, labels, epoch, step)
-        train_step(run, images, targets, part.stop - part.start)
+        taught = run.cache.taught(part, images) if run.cache is not None else None
+        train_step(run, images, targets, part.stop - part.start, taught)
         progress.step += 1
         run.reporter.step(progress.step, part.stop - part.start, run.watch.loss)
         signal = stop.poll()
@@ -151,10 +160,10 @@ def _batch(run: Run, step: int) -> slice:
     return slice(step * size, min((step + 1) * size, len(run.dataset.train)))
 
 
-def train_step(run: Run, images: Tensor, targets: Tensor, batch: int) -> None:
+def train_step(run: Run, images: Tensor, targets: Tensor, batch: int, taught: Taught | None = None) -> None:
     """One optimizer step on this rank's share of a global batch of so many images.
 
-    `targets`: labels (n,) int64 or probabilities (n, classes).
+    `targets`: labels (n,) int64 or probabilities (n, classes). `taught` serves in place of the teacher.
 
     Nothing here waits for the device, unless skip-nonfinite has to look at the gradients first.
     """
@@ -166,10 +175,12 @@ def train_step(run: Run, images: Tensor, targets: Tensor, batch: int) -> None:
     sums = torch.zeros_like(run.sums)
     run.optimizer.zero_grad(set_to_none=True)
     new_pass(config)
-    parts = list(zip(images.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True))
-    for i, (some_images, some_targets) in enumerate(parts):
+    count = config.accumulate
+    known = parts_of(taught, count) if taught is not None else [None] * count
+    parts = list(zip(images.chunk(count), targets.chunk(count), known, strict=False))
+    for i, (some_images, some_targets, some_taught) in enumerate(parts):
         with _gradients_stay_here(run, i + 1 < len(parts)):
-            backward(run, in_layout(config, some_images), some_targets, batch, beta, sums)
+            backward(run, in_layout(config, some_images), some_targets, some_taught, batch, beta, sums)
     if config.clip_grad_norm is not None:
         run.scaler.unscale_(run.optimizer)  # the norm is that of the gradients, not of fp16's scaled ones
     trained = run.optimizer.param_groups[0]["params"]
@@ -189,11 +200,13 @@ def train_step(run: Run, images: Tensor, targets: Tensor, batch: int) -> None:
     run.watch.look(step + 1, sums[:4], norm, len(targets))
 
 
-def backward(run: Run, images: Tensor, targets: Tensor, batch: int, beta: float, sums: Tensor) -> None:
+def backward(
+    run: Run, images: Tensor, targets: Tensor, taught: Taught | None, batch: int, beta: float, sums: Tensor
+) -> None:
     """Add up the gradients of some images of a global batch, and in `sums` their losses and errors."""
     with run.method.recording(run.method.uses_term(beta)):
         with autocast(run.config, run.ranks.device):
-            losses, logits = objective(run.method, run.forward, images, targets, beta)
+            losses, logits = objective(run.method, run.forward, images, targets, beta, taught)
         # DDP averages gradients over ranks: weighted by its share, each gives the global batch's mean.
         share = len(targets) * run.ranks.world / batch
         loss = losses.total if share == 1 else losses.total * share

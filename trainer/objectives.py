@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.methods import Batch, Method
+from trainer.methods import Batch, Method, Taught
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,28 @@ class Losses:
 
 
 def objective(
-    method: Method, forward: nn.Module, images: Tensor, targets: Tensor, beta: float
+    method: Method,
+    forward: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    beta: float,
+    taught: Taught | None = None,
 ) -> tuple[Losses, Tensor]:
-    """The losses of a batch, and its logits; `forward` is the student as DDP or the compiler wraps it."""
+    """The losses of a batch, and its logits.
+
+    `forward` is the student as DDP or the compiler wraps it; `taught` is what the teacher has made of these
+    images before, in place of its pass.
+    """
     used = method.uses_term(beta)
-    teacher_logits = None
-    if method.teacher is not None and (method.distils or (used and method.compares_features)):
-        with torch.no_grad():
-            teacher_logits = method.teacher(images)
+    if taught is None:
+        taught = Taught(None)
+        if method.teacher is not None and (method.distils or (used and method.compares_features)):
+            with torch.no_grad():
+                taught = Taught(method.teacher(images))
     if used and method.takes_gradients:
         images = images.detach().requires_grad_()
     logits = forward(images)
-    batch = Batch(images, targets, logits, teacher_logits)
+    batch = Batch(images, targets, logits, taught.logits, taught.maps)
 
     ce = cross_entropy(logits, targets, method.config.label_smoothing)
     kd = method.distillation(batch)

@@ -20,6 +20,7 @@ from trainer.methods import METHODS
 from trainer.mixing import Mixing
 from trainer.state import TrainState
 from trainer.student import Student
+from trainer.teacher_cache import TeacherCache
 from trainer.torch_settings import default_dtype, fill_momentum, set_up_torch
 from trainer.watch import Watch
 
@@ -100,6 +101,9 @@ class Run:
         self.method = METHODS[config.method](config, self.student, network, self.dataset.example())
         if self.teacher is not None and not self.method.takes_gradients:  # which BatchNorm's mode changes
             self.teacher.fold()
+        self.cache: TeacherCache | None = None
+        if self.teacher is not None and config.teacher_cache != "off":
+            self.cache = TeacherCache(config, self.ranks, self.dataset, self.method, self.teacher)
         self.learner = Student(self.student, self.method.trained)
         self.forward: nn.Module = self.learner
         if self.ranks.world > 1:

@@ -22,12 +22,14 @@ from models import torchvision_compat  # noqa: F401  (before whatever imports to
 EXAMPLES = ROOT / "examples"
 NEEDS = {
     "plain_loop": "sklearn",
+    "offline_teacher": "sklearn",
     "torchvision_pair": "torchvision",
     "timm_pair": "timm",
     "vit_tokens": "timm",
     "lightning_module": "lightning",
     "huggingface_trainer": "transformers",
 }
+ON_DIGITS = ("plain_loop", "offline_teacher")
 STEPS = 12
 
 
@@ -44,7 +46,7 @@ def one_batch(*shape: int) -> TensorDataset:
 
 def networks(name: str) -> tuple[nn.Module, nn.Module, TensorDataset]:
     """A student and a teacher as the example pairs them, but small, and what to train them on."""
-    if name == "plain_loop":
+    if name in ON_DIGITS:
         network = example(name).network
         return network(4), network(6), one_batch(8, 1, 8, 8)
     if name in ("torchvision_pair", "lightning_module"):
@@ -165,10 +167,10 @@ def test_vit_compares_patch_by_patch() -> None:
 def test_runs_as_its_text_says(name: str, tmp_path: Path) -> None:
     """In a process of its own, as a user starts it: nothing that these tests have imported helps it."""
     pytest.importorskip(NEEDS[name])
-    command = f"python examples/{name}.py" + ("" if name == "plain_loop" else " --tiny")
+    command = f"python examples/{name}.py" + ("" if name in ON_DIGITS else " --tiny")
     assert command in (EXAMPLES / f"{name}.py").read_text().split('"""')[1]
     (tmp_path / "examples").symlink_to(EXAMPLES)  # whatever it writes goes to the current folder
-    words = [sys.executable, *command.split()[1:], *(["--epochs", "1"] if name == "plain_loop" else [])]
+    words = [sys.executable, *command.split()[1:], *(["--epochs", "1"] if name in ON_DIGITS else [])]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

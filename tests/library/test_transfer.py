@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -708,6 +709,42 @@ def test_given_maps_are_compared_instead_of_a_teachers(normalize: str | None, wi
         )
         with pytest.raises(RuntimeError, match=missing):
             transfer()
+
+
+@pytest.mark.parametrize("normalize", [None, "l1", "l2"])
+def test_the_teachers_maps_are_given_back(normalize: str | None) -> None:
+    """Those of `attention_map`, also where the model overwrites the feature afterwards; they serve a call."""
+
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).mul_(-2).relu_()
+
+    torch.manual_seed(0)
+    student = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 3))).double()
+    teacher = Overwriting().double().requires_grad_(False)
+    images, _ = batch()
+    with at_fused.AttentionTransfer(student, teacher, ["conv"], normalize=normalize) as transfer:
+        with pytest.raises(RuntimeError, match=r"teacher: .*has not reached"):
+            transfer.teacher_maps()
+        with torch.no_grad():
+            teacher(images)
+            (got,) = transfer.teacher_maps()
+            with transfer.paused():
+                right = at_fused.attention_map(teacher.conv(images), normalize=normalize)
+        torch.testing.assert_close(got, right, rtol=1e-13, atol=1e-13)
+        with pytest.raises(RuntimeError, match=r"teacher: .*has not reached"):  # they are used up
+            transfer.teacher_maps()
+        student(images)
+        given = transfer([got])
+        student(images), teacher(images)
+        torch.testing.assert_close(given, transfer(), rtol=1e-12, atol=0)
+    alone = at_fused.AttentionTransfer(student, None, ["conv"])
+    with alone, pytest.raises(RuntimeError, match="has no teacher"):
+        alone.teacher_maps()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from trainer.data.sampling import epoch_order
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ class Labelled(Protocol):
 class LabelledImages(ABC):
     """Training and test images, and how they become batches on the run's device.
 
-    The batches of an epoch depend on its seed and number alone: not on the device, the number of ranks or of
-    workers, nor on where a run was interrupted.
+    The batches of an epoch depend on its seed and number, and on the cycle of the augmentation, alone: not on
+    the device, the number of ranks or of workers, nor on where a run was interrupted.
     """
 
     train: Labelled
@@ -48,13 +49,27 @@ class LabelledImages(ABC):
     def example(self) -> Tensor:
         """An image (1, 3, H, W), as batches have them."""
 
+    def training_order(self, seed: int, epoch: int) -> Tensor:
+        """Indices (N,) of the training images in the order of the epoch, on the CPU."""
+        return epoch_order(len(self.train), seed, epoch)[0]
+
     @abstractmethod
-    def training_batches(self, seed: int, epoch: int, parts: Iterable[Places]) -> Iterator[Batch]:
-        """The augmented images at `parts` of the epoch's order."""
+    def training_batches(
+        self, seed: int, epoch: int, parts: Iterable[Places], cycle: int = 0
+    ) -> Iterator[Batch]:
+        """The augmented images at `parts` of the epoch's order.
+
+        With a `cycle`, each image is augmented as it was in epoch `epoch % cycle`, wherever it stands now.
+        """
 
     @abstractmethod
     def evaluation_batches(self, parts: Iterable[slice]) -> Iterator[Batch]:
         """The test images `parts`, without augmentation."""
+
+    @property
+    def replaced(self) -> Collection[int]:
+        """Indices of the training images in whose place this process was given others."""
+        return ()
 
     @property
     def unreadable(self) -> list[str]:
@@ -64,6 +79,10 @@ class LabelledImages(ABC):
     def identity(self) -> dict[str, Any]:
         """What a run's data set must have in common with that of its continuation."""
         return {"train": len(self.train), "test": len(self.test), "classes": self.classes}
+
+    @abstractmethod
+    def training_digest(self) -> str:
+        """The same for data sets of the same training images."""
 
 
 def check_limits(config: Config, train: int, test: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from trainer.config import Config
 from trainer.data import workers
 from trainer.data.dataset import Batch, LabelledImages, Places, check_limits, normalise, too_many
 from trainer.data.files import Files, ImageFolders, Splits
-from trainer.data.sampling import generator
+from trainer.data.sampling import epoch_order, places, repeated_from
 from trainer.errors import RankError
 
 # isort: split
@@ -94,10 +94,14 @@ class FileSet(LabelledImages):
         self.root = str(config.data_dir)
         self.size, self.device = config.image_size, device
         self.mean, self.std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
-        self._faults = Faults(config.max_unreadable)
+        self._faults, self._replaced = Faults(config.max_unreadable), set[int]()
         plain, augmented = transforms(config, resized_crops)
         self._train = _Loader(ImageFiles(self.train, augmented, replace=True), config.workers, device)
         self._test = _Loader(ImageFiles(self.test, plain, replace=False), config.workers, device)
+
+    @property
+    def replaced(self) -> Collection[int]:
+        return self._replaced
 
     @property
     def unreadable(self) -> list[str]:
@@ -115,11 +119,20 @@ class FileSet(LabelledImages):
         """A blank image (1, 3, H, W) of the size that batches have."""
         return torch.zeros(1, 3, self.size, self.size, device=self.device)
 
-    def training_batches(self, seed: int, epoch: int, parts: Iterable[Places]) -> Iterator[Batch]:
-        draw = generator(seed, epoch)
-        order = torch.randperm(len(self.train), generator=draw).tolist()
-        seeds = torch.randint(2**62, (len(self.train),), generator=draw).tolist()
-        planned = list(zip(order, seeds, strict=True))
+    def training_digest(self) -> str:
+        """Of paths and labels, as `identity` has it: the files are not read."""
+        return str(self.identity()["files"])
+
+    def training_batches(
+        self, seed: int, epoch: int, parts: Iterable[Places], cycle: int = 0
+    ) -> Iterator[Batch]:
+        size, drawn = len(self.train), repeated_from(epoch, cycle)
+        order, draw = epoch_order(size, seed, drawn)
+        seeds = torch.randint(2**62, (size,), generator=draw)
+        if drawn != epoch:
+            earlier, order = order, epoch_order(size, seed, epoch)[0]
+            seeds = seeds[places(order, earlier)]
+        planned = list(zip(order.tolist(), seeds.tolist(), strict=True))
         keys = [planned[p] if isinstance(p, slice) else [planned[i] for i in p] for p in parts]
         return self._batches(self._train, self.train, keys)
 
@@ -130,6 +143,8 @@ class FileSet(LabelledImages):
     def _batches(self, loader: _Loader, files: Files, keys: list[list[Key]]) -> Iterator[Batch]:
         for pixels, labels, faults in loader.batches(keys):
             self._faults.report(faults, files)
+            if files is self.train:
+                self._replaced.update(index for index, _ in faults)
             if len(labels):
                 pixels, labels = (x.to(self.device, non_blocking=True) for x in (pixels, labels))
                 yield normalise(pixels, self.mean, self.std), labels

@@ -7,6 +7,7 @@ them again.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.dataset import Batch, LabelledImages, Places, check_limits, normalise
-from trainer.data.sampling import generator, stratified
+from trainer.data.sampling import epoch_order, places, repeated_from, stratified
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -66,8 +67,13 @@ class ImageSet(LabelledImages):
     def example(self) -> Tensor:
         return evaluation_batch(self, slice(0, 1))[0]
 
-    def training_batches(self, seed: int, epoch: int, parts: Iterable[Places]) -> Iterator[Batch]:
-        plan = plan_epoch(self, seed, epoch)
+    def training_digest(self) -> str:
+        return hashlib.blake2b(self.train.images.cpu().numpy().data, digest_size=16).hexdigest()
+
+    def training_batches(
+        self, seed: int, epoch: int, parts: Iterable[Places], cycle: int = 0
+    ) -> Iterator[Batch]:
+        plan = plan_epoch(self, seed, epoch, cycle)
         return (training_batch(self, plan, part) for part in parts)
 
     def evaluation_batches(self, parts: Iterable[slice]) -> Iterator[Batch]:
@@ -113,14 +119,17 @@ class EpochPlan:
     flip: Tensor
 
 
-def plan_epoch(dataset: ImageSet, seed: int, epoch: int) -> EpochPlan:
-    """Draw the order and the augmentation of one epoch."""
+def plan_epoch(dataset: ImageSet, seed: int, epoch: int, cycle: int = 0) -> EpochPlan:
+    """Draw the order and the augmentation of one epoch; the latter again every `cycle` epochs, if not 0."""
     images = dataset.train.images
-    size = len(images)
-    draw = generator(seed, epoch)
-    order = torch.randperm(size, generator=draw)
+    size, drawn = len(images), repeated_from(epoch, cycle)
+    order, draw = epoch_order(size, seed, drawn)
     down, right = torch.randint(2 * dataset.pad + 1, (2, size), generator=draw)
     flip = torch.randint(2, (size,), generator=draw).bool() & dataset.flip
+    if drawn != epoch:
+        earlier, order = order, epoch_order(size, seed, epoch)[0]
+        then = places(order, earlier)
+        down, right, flip = down[then], right[then], flip[then]
     return EpochPlan(*(t.to(images.device) for t in (order, down, right, flip)))
 
 

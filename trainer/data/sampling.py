@@ -15,6 +15,22 @@ def generator(*key: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def epoch_order(size: int, seed: int, epoch: int) -> tuple[Tensor, torch.Generator]:
+    """The order of an epoch's `size` images, and the generator that draws what else the epoch needs."""
+    draw = generator(seed, epoch)
+    return torch.randperm(size, generator=draw), draw
+
+
+def repeated_from(epoch: int, cycle: int) -> int:
+    """The epoch whose augmentation `epoch` has, image by image, where it repeats every `cycle` epochs."""
+    return epoch % cycle if cycle else epoch
+
+
+def places(order: Tensor, earlier: Tensor) -> Tensor:
+    """Where the images of `order` stood in an `earlier` order of the same images."""
+    return earlier.argsort()[order]
+
+
 def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
     """Indices of `count` labels (N,), balanced over classes as far as they go, drawn by `seed`."""
     shuffled = torch.randperm(len(labels), generator=generator("subset", seed))

@@ -7,11 +7,11 @@ from trainer.methods.at_kd import AttentionAndDistillation
 from trainer.methods.grad_at import GradientAttention
 from trainer.methods.hints import Hints
 from trainer.methods.kd import Distillation
-from trainer.methods.method import Batch, Method
+from trainer.methods.method import Batch, Method, Taught
 from trainer.methods.min_l2 import MinL2
 from trainer.methods.symmetry import Symmetry
 
-__all__ = ["METHODS", "Batch", "Method"]
+__all__ = ["METHODS", "Batch", "Method", "Taught"]
 
 METHODS: dict[str, type[Method]] = {
     "none": Method,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import at_fused
 from trainer.methods.features import ComparesFeatures
-from trainer.methods.method import Batch
+from trainer.methods.method import Batch, Taught
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 class Attention(ComparesFeatures):
     """Compares attention maps, which are taken in the networks' passes."""
+
+    teacher_can_be_kept = True
 
     def __init__(
         self, config: Config, student: nn.Module, teacher: nn.Module | None, example: Tensor
@@ -55,9 +57,14 @@ class Attention(ComparesFeatures):
     def recording(self, on: bool) -> AbstractContextManager[None]:
         return nullcontext() if on else self.transfer.paused()
 
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> Taught:
+        logits = self.teacher(images)
+        return Taught(logits if self.distils else None, self.transfer.teacher_maps())
+
     def term(self, batch: Batch, beta: float) -> Tensor:
         self.transfer.beta = beta
-        return self.transfer()
+        return self.transfer(batch.teacher_maps)
 
     @property
     def losses(self) -> Mapping[str, Tensor]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import at_fused
-from trainer.methods.method import Batch, Method
+from trainer.methods.method import Batch, Method, Taught
 
 
 class Distillation(Method):
@@ -14,6 +15,13 @@ class Distillation(Method):
 
     needs_teacher = True
     distils = True
+    teacher_can_be_kept = True
+
+    teacher: nn.Module
+
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> Taught:
+        return Taught(self.teacher(images))
 
     def distillation(self, batch: Batch) -> Tensor | None:
         if batch.teacher_logits is None:

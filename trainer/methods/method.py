@@ -23,6 +23,15 @@ class Batch:
     targets: Tensor  # (n,) int64, or probabilities (n, classes) where images are mixed
     logits: Tensor  # (n, classes), the student's
     teacher_logits: Tensor | None  # where the method has the teacher run on every batch
+    teacher_maps: Sequence[Tensor] | None = None  # where they were taken before, and kept
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a teacher has made of n images, and a student learns from: all that can be kept of its passes."""
+
+    logits: Tensor | None  # (n, classes), where the method distils
+    maps: Sequence[Tensor] | None = None  # (n, *spatial), normalised, one per pair that the method compares
 
 
 class Method:
@@ -45,6 +54,7 @@ class Method:
     has_term: ClassVar[bool] = False
     compares_features: ClassVar[bool] = False  # in its term, those at `taps`: both networks run
     takes_gradients: ClassVar[bool] = False  # in its term, with respect to the images
+    teacher_can_be_kept: ClassVar[bool] = False  # what `teach` returns is all it needs of the teacher
     default_beta: ClassVar[float] = 1000.0
     default_schedule: ClassVar[str] = "constant"
     forbids: ClassVar[Mapping[str, str]] = {}  # reasons, by "KEY" that may not be on or "KEY VALUE"
@@ -69,6 +79,10 @@ class Method:
     def recording(self, on: bool) -> AbstractContextManager[None]:
         """Around passes of the networks and their backward: whether they are recorded for the term."""
         return nullcontext()
+
+    def teach(self, images: Tensor) -> Taught:
+        """What the method needs of the teacher on these images, where it is kept."""
+        raise NotImplementedError
 
     def distillation(self, batch: Batch) -> Tensor | None:
         """The loss by the teacher's logits, a scalar; None: cross-entropy counts."""
