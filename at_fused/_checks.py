@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,23 +17,20 @@ ChannelDim = int | Sequence[int]
 Masks = Tensor | Sequence[Tensor | None]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Of each option, what its words stand for, and the words that stand for nothing there.
-_OPTIONS: dict[str, list[Iterable[str | None]]] = {
-    "mapping": [reference.MAPPINGS],
-    "normalize": [(None,), reference.NORMS],
-    "distance": [reference.DISTANCES],
-    "reduction": [reference.REDUCTIONS],
-    "resize": [reference.RESIZES, ("error",)],
-    "backend": [("auto",), backends.NAMES],
+# Of each option, the words that it can be.
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "mapping": (*reference.MAPPINGS,),
+    "normalize": (None, *reference.NORMS),
+    "distance": (*reference.DISTANCES,),
+    "reduction": (*reference.REDUCTIONS,),
+    "resize": (*reference.RESIZES, "error"),
+    "backend": ("auto", *backends.NAMES),
 }
 
 
-def choices(option: str) -> tuple[str | None, ...]:
-    """What `option` can be."""
-    return tuple(word for words in _OPTIONS[option] for word in words)
-
-
 def check_real(name: str, value: object) -> None:
+    if type(value) is float or type(value) is int:  # a third of the time of what follows
+        return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
 
@@ -48,7 +45,7 @@ def check_options(p: float, norm_order: float = 2, eps: float = 0, **words: str 
     """The options that do not depend on the features; `words` are those of a few choices."""
     check_number("p", p, at_least=1)
     for name, value in words.items():
-        allowed = choices(name)
+        allowed = CHOICES[name]
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name} must be one of {allowed}, got {type(value).__name__}")
         if value not in allowed:

@@ -89,6 +89,8 @@ def select(backend: str, feats: Sequence[Tensor], p: float, mapping: str) -> str
 
 def _wrapped(feats: Sequence[Tensor]) -> str | None:
     """Why no kernel can see the memory of these features; None where one can."""
+    if torch.compiler.is_compiling():
+        return None
     for feat in feats:
         if not is_plain(feat):
             kind = type(feat).__name__
