@@ -15,7 +15,7 @@ CODE := at_fused models trainer train.py benchmarks reproduce examples
 INPUTS := pyproject.toml setup.py at_fused/__init__.py models/torchvision_compat.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo mini docs lint bench gpu sanitize soak clean
+.PHONY: help setup test demo mini docs wheel lint bench gpu sanitize soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -67,8 +67,21 @@ mini: $(if $(DATA),setup) ## Tables 4 and 5 in minutes on any folder of images: 
 	@$(BIN)/python -m reproduce.mini --data-dir "$(DATA)" --out runs/mini
 
 docs: $(READY) $(TOOLS) ## build the guide and the API reference into build/site, and check them
+	@$(BIN)/python -m trainer.keys docs/keys.md
 	@$(BIN)/zensical build --strict --clean
 	@$(BIN)/python -m pytest -q tests/docs/test_docs.py
+
+# No compiler is on the PATH of the smoke test, and nothing of this checkout.
+wheel: $(READY) $(TOOLS) ## build a wheel into dist, install it in a clean environment, try it without a compiler
+	@echo "[wheel] build" && rm -rf dist build/wheel
+	@AT_FUSED_REQUIRE_EXTENSION=1 $(BIN)/python -m build --wheel --no-isolation > $(VENV)/wheel.log 2>&1 \
+		|| { tail -n 30 $(VENV)/wheel.log; exit 1; }
+	@echo "[wheel] install, with $(TORCH)" && $(PYTHON) -m venv build/wheel
+	@build/wheel/bin/python -m pip --disable-pip-version-check install -qq --no-compile $(TORCH) numpy matplotlib
+	@build/wheel/bin/python -m pip --disable-pip-version-check install -qq --no-compile dist/*.whl
+	@echo "[wheel] smoke test"
+	@cp tests/packaging/smoke.py build/wheel && cd build/wheel && env -i HOME="$$HOME" PATH=bin bin/python smoke.py
+	@ls dist/*.whl
 
 lint: $(READY) $(TOOLS) ## ruff and mypy
 	@echo "[lint] ruff check" && $(BIN)/ruff check --quiet .

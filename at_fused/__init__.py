@@ -8,7 +8,7 @@ from .hints import FeatureHints
 from .taps import FeatureTaps, suggest_taps
 from .transfer import AttentionTransfer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionLoss",

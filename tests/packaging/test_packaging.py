@@ -66,26 +66,15 @@ def install(wheel: Path, folder: Path) -> Path:
     return python
 
 
-SMOKE = """
-import sys, torch, at_fused
-assert at_fused.__file__.startswith(sys.prefix), at_fused.__file__
-student = torch.randn(2, 3, 5, 7, requires_grad=True)
-teacher = torch.randn(2, 8, 5, 7)
-grads = [
-    torch.autograd.grad(at_fused.AttentionLoss(backend=backend)(student, teacher), student)[0]
-    for backend in ("auto", "reference")
-]
-torch.testing.assert_close(*grads)
-assert grads[0].abs().sum() > 0
-print(*at_fused.available_backends())
-"""
-
-
 def smoke(python: Path, folder: Path) -> list[str]:
     """Uses the installed package away from any checkout; the backends that it found."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     result = subprocess.run(
-        [python, "-c", SMOKE], cwd=folder, env=environment, text=True, capture_output=True
+        [python, ROOT / "tests/packaging/smoke.py"],
+        cwd=folder,
+        env=environment,
+        text=True,
+        capture_output=True,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
@@ -110,6 +99,11 @@ def test_version_is_stated_once() -> None:
     assert stated == ["at_fused/__init__.py"]
     assert not re.search(r"^version\s*=\s*\"", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert "version=" not in (ROOT / "setup.py").read_text()
+
+
+def test_what_repeats_the_version_agrees() -> None:
+    assert f"\nversion: {at_fused.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {at_fused.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 @needs_compiler
