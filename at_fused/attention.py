@@ -85,6 +85,10 @@ def attention_loss(
 ) -> Tensor:
     """Activation-based attention-transfer loss between student and teacher (section 3.1, Eq. 2).
 
+    With each sample's map `Q = sum_c |A_c|^p`, `u = Q / max(|Q|_2, eps)`, and the weight `w_j` of pair j:
+
+        loss = sum over pairs of w_j * mean over batch and positions of (u_student - u_teacher)^2
+
     ```
     loss = cross_entropy + 1000 * at_fused.attention_loss(student_feats, teacher_feats)
     ```

@@ -20,14 +20,16 @@ INPUT = "input"  # in place of a layer: the image itself
 EXAMPLES = """\
 examples:
   Figure 2, one network over its levels:
-    python -m at_fused.visualize --model resnet50 --checkpoint pretrained --images cat.jpg --p 1 --out a.png
+    python -m at_fused.visualize --model resnet50 --checkpoint pretrained \\
+        --images cat.jpg --p 1 --out a.png
   Figure 4, several networks and powers, last pre-downsampling and top activations:
-    python -m at_fused.visualize --model resnet18 resnet101 --checkpoint pretrained --images cat.jpg \\
-        --levels 2 --p 1 2 4 --out powers.png
+    python -m at_fused.visualize --model resnet18 resnet101 --levels 2 \\
+        --checkpoint pretrained --images cat.jpg --p 1 2 4 --out powers.png
   Figure 6, student before and after attention transfer, teacher, and what each of them sees:
-    python -m at_fused.visualize --model wrn-16-1 wrn-16-1 wrn-16-2 --titles student "student, AT" teacher \\
+    python -m at_fused.visualize --model wrn-16-1 wrn-16-1 wrn-16-2 \\
+        --titles student "student, AT" teacher --taps group3 --predictions \\
         --checkpoint runs/alone/model.pt runs/at/model.pt runs/teacher/model.pt \\
-        --dataset cifar10 --data-dir DIR --indices 1 2 3 --taps group3 --predictions --out students.png
+        --dataset cifar10 --data-dir DIR --indices 1 2 3 --out students.png
 """
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,10 @@ import at_fused
 from models import torchvision_compat  # noqa: F401  (before torchvision)
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md"))]
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+TEXTS = [*PAGES, *(ROOT / name for name in TOP), ROOT / "benchmarks/README.md"]
 TEXTS = [path for path in TEXTS if path.exists()]
+WRAPPED = [*PAGES, ROOT / "README.md"]  # code in 80 columns, commands that are checked
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 each_text = pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -153,3 +159,181 @@ def test_code_runs(page: Path, names_of_the_guide: dict[str, Any]) -> None:
     for number, (language, code) in enumerate(FENCE.findall(page.read_text())):
         if language == "python":
             exec(compile(code, f"{page.name}, block {number}", "exec"), names_of_the_guide)
+
+
+@each_text
+def test_code_is_python_and_fits_its_column(path: Path) -> None:
+    for language, code in FENCE.findall(path.read_text()):
+        if language == "python":
+            ast.parse(code)
+        if path in WRAPPED:
+            assert [line for line in code.splitlines() if len(line) > 80] == []
+
+
+def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    """Pasted into an empty file, and without a checkout around it."""
+    codes = [
+        code for language, code in FENCE.findall((ROOT / "README.md").read_text()) if language == "python"
+    ]
+    assert codes
+    program = "\n".join(codes)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell, with fewer epochs; no outputs are committed."""
+    pytest.importorskip("sklearn")
+    import matplotlib
+
+    matplotlib.use("agg")
+    notebook = json.loads((ROOT / "examples/quickstart.ipynb").read_text())
+    assert notebook["nbformat"] == 4
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(cells):
+        code = "".join(cell["source"])
+        code = code.replace("EPOCHS = 30", "EPOCHS = 1").replace("epochs=6, batch=25", "epochs=1, batch=100")
+        exec(compile(code, f"cell {number}", "exec"), names)
+    assert set(names["curves"]) == {"alone", "with AT"}
+    told = [text.get_text() for text in names["figure"].texts]
+    assert told.count("cosine to teacher") == 4
+    assert names["EPOCHS"] == len(names["curves"]["with AT"]) == 1
+
+
+# --- the commands can be run ------------------------------------------------------------------------
+
+
+STARTED = re.compile(r"(?:[A-Z_]+=\S* )*((?:python|torchrun|make|pip|at-fused|\.venv/bin/\w+) .*)")
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The words of each command in the blocks that are no Python, without the variables before it."""
+    blocks = [code for language, code in FENCE.findall(path.read_text()) if not language]
+    lines = [line for code in blocks for line in code.replace("\\\n", " ").splitlines()]
+    return [shlex.split(match[1], comments=True) for line in lines if (match := STARTED.match(line))]
+
+
+def parse_train(words: list[str]) -> None:
+    from trainer import command_line
+
+    others = ["--student", "wrn-16-1"] if "..." in words else []
+    words = [word for word in words if word != "..."] + others
+    if {"--eval-only", "--export"} & set(words):  # of a run that is not here
+        command_line._parser().parse_args(words)
+    else:
+        command_line.parse_args([*words, "--print-config"])
+
+
+def parse_reproduce(words: list[str]) -> None:
+    from reproduce import __main__ as reproduce
+
+    reproduce._parse(words)
+
+
+def parse_maps(words: list[str]) -> None:
+    from at_fused.visualize import arguments
+
+    arguments.parse(words)
+
+
+def parse_taps(words: list[str]) -> None:
+    from at_fused.taps import __main__ as taps
+
+    taps._parse(words)
+
+
+def parse_benchmarks(words: list[str]) -> None:
+    from benchmarks import __main__ as benchmarks
+
+    benchmarks.arguments(words)
+
+
+PARSERS: dict[str, Callable[[list[str]], None]] = {
+    "train.py": parse_train,
+    "train": parse_train,
+    "reproduce": parse_reproduce,
+    "maps": parse_maps,
+    "at_fused.visualize": parse_maps,
+    "taps": parse_taps,
+    "at_fused.taps": parse_taps,
+    "benchmarks": parse_benchmarks,
+}
+
+
+def check(words: list[str]) -> None:
+    """That what is started exists and understands its flags."""
+    program, *rest = words
+    if program == "at-fused":
+        return PARSERS[rest[0]](rest[1:])
+    if program == "torchrun":
+        return PARSERS["train.py"](rest[rest.index("train.py") + 1 :])
+    if program == "make":
+        assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), rest
+        return None
+    if program == "pip" or rest[:2] == ["-m", "pip"]:
+        extras = set(re.findall(r"\[([\w,]+)\]", " ".join(rest)))
+        known = re.findall(r"^(\w+) = \[$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+        assert {extra for group in extras for extra in group.split(",")} <= set(known)
+        return None
+    if rest[0] == "-c":
+        ast.parse(rest[1])
+        return None
+    module = rest[1] if rest[0] == "-m" else rest[0]
+    if module in PARSERS:
+        return PARSERS[module](rest[2:] if rest[0] == "-m" else rest[1:])
+    file = ROOT / (module.replace(".", "/") + ".py" if rest[0] == "-m" else module)
+    assert module == "pytest" or file.exists() or file.with_suffix("").is_dir(), words
+    return None
+
+
+@pytest.mark.parametrize("path", WRAPPED, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_exist_and_understand_their_flags(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where recipes are found, and nothing can be overwritten
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "runs/student").mkdir(parents=True)
+    shutil.copy(ROOT / "recipes/demo/base.yaml", tmp_path / "runs/student/config.yaml")
+    with (tmp_path / "runs/student/config.yaml").open("a") as config:
+        config.write("student: wrn-16-1\n")
+    for words in commands(path):
+        try:
+            check(words)
+        except Exception as error:
+            raise AssertionError(f"{' '.join(words)}: {error}") from error
+
+
+def test_the_page_of_keys_is_the_configurations() -> None:
+    from trainer import keys
+
+    assert (ROOT / "docs/keys.md").read_text() == keys.page(), "python -m trainer.keys docs/keys.md writes it"
+
+
+# --- the figures are those of the results -------------------------------------------------------------
+
+
+def test_the_table_of_the_loss_is_measured() -> None:
+    """docs/performance.md, cell by cell, from the committed rows."""
+    rows = json.loads((ROOT / "benchmarks/results/amd-epyc/loss-cpu.json").read_text())["rows"]
+    table = {
+        cells[0]: cells[1:]
+        for line in (ROOT / "docs/performance.md").read_text().splitlines()
+        if (cells := [cell.strip() for cell in line.strip("|").split("|")])
+        and cells[0].endswith(("fp32", "bf16"))
+    }
+    assert len(table) == 8
+    names = ["authors", "vecdot", "compile", "compile-vecdot", "ours-cpu", "ours-cpu-two-pass"]
+    for line, cells in table.items():
+        cell = line.lower().replace("channels-last", "channels_last").replace(", ", "-")
+        measured = {row["provider"]: row for row in rows if row["cell"] == cell}
+        expected = [measured["authors"]["floor_ms"], *(measured[name]["times_floor"] for name in names)]
+        assert cells == [f"{value:.2f}" for value in expected]

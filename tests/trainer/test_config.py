@@ -123,9 +123,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_its_base(tmp_path: Path) 
     (tmp_path / "deep/own.yaml").write_text(
         "base: ../base.yaml\nstudent: wrn-10-1\nlr: 0.25\nweight-decay: 1e-4\n"
     )
-    found, action = parse_args(
-        ["--recipe", str(tmp_path / "deep/own.yaml"), "--seed", "3", "--print-config"]
-    )
+    found, action = parse_args(["--recipe", str(tmp_path / "deep/own.yaml"), "--seed", "3", "--print-config"])
     assert action == Action(print_config=True)
     assert (found.epochs, found.lr, found.seed, found.weight_decay) == (7, 0.25, 3, 1e-4)
 
