@@ -225,7 +225,7 @@ def commands(path: Path) -> list[list[str]]:
 def parse_train(words: list[str]) -> None:
     from trainer import command_line
 
-    others = ["--student", "wrn-16-1"] if "..." in words else []
+    others = ["--student", "wrn-16-1", "--teacher", "wrn-16-2"] if "..." in words else []
     words = [word for word in words if word != "..."] + others
     if {"--eval-only", "--export"} & set(words):  # of a run that is not here
         command_line._parser().parse_args(words)
