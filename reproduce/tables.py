@@ -218,7 +218,7 @@ class Plan:
         if keys.get("teacher"):
             if self.teacher_checkpoint is None:
                 teacher = self._job(cell | {"recipe": teacher_recipe}, "", 0)
-            weights = self.teacher_checkpoint or (teacher and teacher.folder / "model.pt")
+            weights = self.teacher_checkpoint or (teacher and teacher.folder / run_folder.MODEL)
             keys["teacher-checkpoint"] = str(Path(str(weights)).resolve())
         try:
             return Job(name, make_config(keys), teacher)

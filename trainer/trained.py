@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from pathlib import Path
 
@@ -61,7 +62,16 @@ def export(config: Config, weights: Path, path: Path) -> int:
         dataset = data.load(config, ranks.device)
         student = _student(config, weights, dataset, ranks).eval()
         images = in_layout(config, dataset.example().repeat(2, 1, 1, 1))  # one alone would be taken for fixed
-        content = WRITERS[path.suffix](student, images)
+        logging.disable(logging.WARNING)  # torch's, of how it traces: what matters is in its error
+        try:
+            content = WRITERS[path.suffix](student, images)
+        except ConfigError:
+            raise
+        except Exception as error:  # torch's exporters raise kinds of their own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"export {path}: torch cannot export {config.student}: {reason}") from None
+        finally:
+            logging.disable(logging.NOTSET)
     write_atomically(path, content)
     size = ", ".join(map(str, images.shape[1:]))
     mean, std = ([round(value, 2) for value in of.tolist()] for of in (dataset.mean, dataset.std))

@@ -222,7 +222,7 @@ def curves(runs: Sequence[Run]) -> Figure:
 
 def answers(run: Run, dataset: LabelledImages) -> Answers:
     """The answers of a trained network to every test image."""
-    return network_answers(run.config["student"], run.folder / "model.pt", dataset.names, dataset)
+    return network_answers(run.config["student"], run.folder / run_folder.MODEL, dataset.names, dataset)
 
 
 def telling_images(labels: Tensor, alone: Tensor, at: Tensor, count: int) -> tuple[list[int], int]:

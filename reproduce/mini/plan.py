@@ -7,6 +7,7 @@ from pathlib import Path
 
 from at_fused.visualize.images import class_folders
 from reproduce.tables import RECIPES, Job, with_epochs
+from trainer import run_folder
 from trainer.config import make_config
 from trainer.data.files import difference
 from trainer.errors import ConfigError
@@ -78,7 +79,7 @@ def plan(out: Path, pretraining: Path, finetuning: Path, epochs: int | None = No
         own |= {"data-dir": str(data), "output-dir": str(out / recipe), "threads": 1}
         for key, source in (("pretrained", pretrained), ("teacher-checkpoint", teacher)):
             if source:
-                own[key] = str(source.folder / "model.pt")
+                own[key] = str(source.folder / run_folder.MODEL)
         return Job(recipe, make_config(own), teacher or pretrained)
 
     teacher, student = (job(f"table5/{name}", pretraining) for name in ("teacher", "student"))

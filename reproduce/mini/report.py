@@ -13,7 +13,7 @@ from benchmarks import report
 from reproduce.answers import Answers, map_likeness, network_answers
 from reproduce.mini.plan import Runs
 from reproduce.tables import LABELS, TABLES, Job
-from trainer import data
+from trainer import data, run_folder
 from trainer.data import LabelledImages
 
 LAYERS = ["layer3", "layer4"]  # whose maps both tables compare
@@ -54,7 +54,7 @@ def write(folder: Path, runs: Runs) -> str:
 def answers(job: Job, dataset: LabelledImages) -> Answers:
     """The answers of the network that `job` has trained, perhaps on other classes, to the test images."""
     names = data.load(job.config, CPU).names
-    return network_answers(job.config.student, job.folder / "model.pt", names, dataset, LAYERS)
+    return network_answers(job.config.student, job.folder / run_folder.MODEL, names, dataset, LAYERS)
 
 
 def likeness(own: Answers, teacher: Answers) -> dict[str, float]:

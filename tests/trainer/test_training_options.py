@@ -432,3 +432,20 @@ def test_neither_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     ):
         check_refusal(command(nowhere, *words), capsys, told)
     assert list(tmp_path.iterdir()) == [weights]
+
+
+def test_a_network_that_torch_cannot_export(tmp_path: Path, capsys) -> None:
+    """As one that asks for the values that it computes: a line, and no file."""
+    (tmp_path / "odd.py").write_text(
+        "import torch\n\n\nclass Odd(torch.nn.Linear):\n    def forward(self, images):\n"
+        "        logits = super().forward(images.mean((2, 3)))\n"
+        "        return logits if logits.sum() > 0 else -logits\n\n\n"
+        "def odd(num_classes):\n    return Odd(3, num_classes)\n"
+    )
+    torch.save(torch.nn.Linear(3, 10).state_dict(), tmp_path / "weights.pt")
+    student, path = f"{tmp_path / 'odd.py'}:odd", tmp_path / "odd.pt2"
+    words = "--weights", tmp_path / "weights.pt", "--export", path
+    check_refusal(
+        command(tmp_path / "run", *words, student=student), capsys, f"export {path}: torch cannot export"
+    )
+    assert not path.exists()
