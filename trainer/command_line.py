@@ -34,7 +34,8 @@ GROUPS = {
 }
 
 # Over the keys of a run whose student is only tested or exported.
-STUDENT_ALONE = {"method": "none", "pretrained": False, "freeze": [], "freeze-bn": True, "sync-bn": False}
+STUDENT_ALONE = {"method": "none", "teacher-cache": "off", "pretrained": False}
+STUDENT_ALONE |= {"freeze": [], "freeze-bn": True, "sync-bn": False}
 ON_CPU = {"device": "cpu", "amp": "none"}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -62,16 +64,14 @@ def export(config: Config, weights: Path, path: Path) -> int:
         dataset = data.load(config, ranks.device)
         student = _student(config, weights, dataset, ranks).eval()
         images = in_layout(config, dataset.example().repeat(2, 1, 1, 1))  # one alone would be taken for fixed
-        logging.disable(logging.WARNING)  # torch's, of how it traces: what matters is in its error
         try:
-            content = WRITERS[path.suffix](student, images)
+            with _quiet():
+                content = WRITERS[path.suffix](student, images)
         except ConfigError:
             raise
         except Exception as error:  # torch's exporters raise kinds of their own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"export {path}: torch cannot export {config.student}: {reason}") from None
-        finally:
-            logging.disable(logging.NOTSET)
     write_atomically(path, content)
     size = ", ".join(map(str, images.shape[1:]))
     mean, std = ([round(value, 2) for value in of.tolist()] for of in (dataset.mean, dataset.std))
@@ -80,6 +80,18 @@ def export(config: Config, weights: Path, path: Path) -> int:
         f"whose pixels, 0 to 255, are normalised by mean {mean} and deviation {std}"
     )
     return 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch prints and logs of its tracing: what matters to the user is in its error."""
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _student(config: Config, weights: Path, dataset: LabelledImages, ranks: Ranks) -> nn.Module:
@@ -102,17 +114,15 @@ def _onnx(model: nn.Module, images: Tensor) -> bytes:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"export to .onnx: {error.name} is missing (pip install onnx onnxscript)") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, of its own parts
-        program = torch.onnx.export(
-            model,
-            (images,),
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=["images"],
-            output_names=["logits"],
-            verbose=False,
-        )
+    program = torch.onnx.export(
+        model,
+        (images,),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
+    )
     if program is None:
         raise ConfigError("export to .onnx: torch's exporter gave no program")
     return bytes(program.model_proto.SerializeToString())

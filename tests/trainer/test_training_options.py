@@ -374,6 +374,7 @@ def test_eval_only(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(tmp_path)
     before, last = {path: path.stat().st_mtime_ns for path in whole.iterdir()}, metrics(whole)[-1]
     recipe = ["--recipe", whole / run_folder.CONFIG, "--teacher-checkpoint", "null", "--eval-only"]
+    recipe += ["--teacher-cache", "memory"]
     for weights, of in ((), ""), (("--weights", whole / run_folder.EMA_MODEL), "ema_"):
         capsys.readouterr()
         assert train.main([*map(str, recipe), *map(str, weights)]) == 0
