@@ -98,11 +98,11 @@ def _pair(value: dict[Any, Any]) -> Pair:
         return Pair.model_validate(keys)
     except ValidationError as error:
         first = error.errors()[0]
-        key = first["loc"][0] if first["loc"] else ""
+        wrong = first["loc"][0] if first["loc"] else ""
         known = ", ".join(str(field.alias) for field in Pair.model_fields.values())
         reason = {"missing": "is missing", "extra_forbidden": f"is unknown (there are {known})"}
         raise ValueError(
-            f"pair {flag_text(value)}: {key} {reason.get(first['type'], first['msg'].lower())}"
+            f"pair {flag_text(value)}: {wrong} {reason.get(first['type'], first['msg'].lower())}"
         ) from None
 
 
