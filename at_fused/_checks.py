@@ -195,7 +195,7 @@ def _cure(student: torch.Size, teacher: torch.Size) -> str:
     if (len(line), len(grid)) != (1, 2):
         return ""
     tokens = line[0]
-    fits = [extra for extra in range(1, 9) if tokens > extra and reference.tokens_grid(tokens - extra, grid)]
+    fits = [extra for extra in range(1, 10) if tokens > extra and reference.tokens_grid(tokens - extra, grid)]
     here = f", and {tokens} tokens do not fill a grid in the proportions of {grid[0]} x {grid[1]}: "
     if fits:
         return (

@@ -29,9 +29,17 @@ class Hints(ComparesFeatures):
     ) -> None:
         super().__init__(config, student, teacher, example)
         channels = [[shapes[side][0] for shapes in self.shapes] for side in (0, 1)]
-        features = [[example.new_zeros(1, *shapes[side]) for shapes in self.shapes] for side in (0, 1)]
+        features = [
+            [
+                example.new_zeros(1, *shapes[side]).movedim(1, dim)
+                for shapes, dim in zip(self.shapes, dims, strict=True)
+            ]
+            for side, dims in enumerate((self.dims, self.t_dims))
+        ]
         try:
-            regressors = at_fused.FeatureHints(*channels, reduction="none").to(example.device)
+            regressors = at_fused.FeatureHints(
+                *channels, reduction="none", channel_dim=self.dims, t_channel_dim=self.t_dims
+            ).to(example.device)
             regressors(*features)
         except (ValueError, TypeError) as error:
             raise self.error(error) from None
@@ -52,11 +60,7 @@ class Hints(ComparesFeatures):
             yield
 
     def term(self, batch: Batch, beta: float) -> Tensor:
-        features = [
-            [feature.movedim(dim, 1) for feature, dim in zip(taps.features, dims, strict=True)]
-            for taps, dims in zip(self.taps, (self.dims, self.t_dims), strict=True)
-        ]
-        terms = beta * self.trained["hints"](*features)
+        terms = beta * self.trained["hints"](*(taps.features for taps in self.taps))
         if set(self.weights) != {1.0}:
             terms = terms * terms.new_tensor(self.weights)
         for taps in self.taps:
