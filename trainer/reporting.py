@@ -23,7 +23,7 @@ class Reporter:
 
     def __init__(self, active: bool) -> None:
         self.active = active
-        self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=not active, highlight=False, soft_wrap=True, emoji=False)
         self._pace, self._title = Pace(0, 0), ""
         self._bar: Progress | None = None
         self._tensorboard: Any = None
