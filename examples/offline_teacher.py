@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import at_fused
 
 sys.path.insert(0, str(Path(__file__).parent))
-from plain_loop import GROUPS, network, train
+from plain_loop import GROUPS, network, train  # type: ignore[import-not-found]
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def maps_of(teacher: nn.Module, images: Tensor) -> list[Tensor]:
 
 def distill(student: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: int) -> list[float]:
     """The images are the same in every epoch: so are their maps. Returns the attention term of every step."""
-    images, labels = loader.dataset.tensors
+    images, labels = loader.dataset.tensors  # type: ignore[attr-defined]
     kept = TensorDataset(images, labels, *maps_of(teacher, images))
     loader = DataLoader(kept, loader.batch_size, shuffle=True)
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
