@@ -68,7 +68,7 @@ def levels(model: nn.Module, images: Tensor) -> list[Level]:
         if name
     ]
     try:
-        with _evaluating(model):
+        with _evaluating(model), torch.inference_mode(False):  # whose tensors count their changes
             model(images)
     finally:
         for handle in handles:
@@ -88,7 +88,7 @@ class _Found:
     def __init__(self, images: Tensor) -> None:
         self.images = images
         self.levels: dict[str, Level] = {}
-        self._made: dict[str, weakref.ref[Tensor]] = {}
+        self._made: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # with its number of changes in place
         self._normalised: list[weakref.ref[Tensor]] = []
 
     def recorder(self, name: str) -> Any:
@@ -103,20 +103,25 @@ class _Found:
         if feature is None or grid is None:
             return
         before = self._grid(inputs[0]) if inputs else None
-        inside = before is not None and before.positions < self.images[0, 0].numel()
-        if before is not None and inside and not isinstance(module, nn.Sequential):
+        inside = before is not None and 1 < before.positions < self.images[0, 0].numel()
+        if before is not None and inside and not _is_container(module):
             self._drop_within(name, range(grid.positions, max(before.positions, grid.positions + 1)))
+        if grid.positions == 1:
+            return
         passed_on = next(module.parameters(), None) is None and any(map(self._is_normalised, inputs))
         if passed_on or kind.endswith(("LayerNorm", "RMSNorm", "LayerNorm2d")):
             self._normalised.append(weakref.ref(feature))
-        inner = index and any(made() is feature for n, made in self._made.items() if n.startswith(f"{name}."))
-        unchanged = any(value is feature for value in inputs)  # a dropout, say
+        made = [
+            n for n, (ref, version) in self._made.items() if ref() is feature and version == feature._version
+        ]
+        inner = index and any(n.startswith(f"{name}.") for n in made)
+        unchanged = made and any(value is feature for value in inputs)  # by a dropout, say
         if "Norm" in kind or inner or unchanged or self._is_normalised(feature):
             return
         self.levels.pop(name, None)
         shape = feature.shape if not grid.before else feature[:, grid.before :].shape
         self.levels[name] = Level(name, index, shape, grid)
-        self._made[name] = weakref.ref(feature)
+        self._made[name] = weakref.ref(feature), feature._version
 
     def _is_normalised(self, value: Any) -> bool:
         return any(made() is value for made in self._normalised)
@@ -141,11 +146,16 @@ class _Found:
         return "", None, None
 
     def _grid(self, value: Any) -> Grid | None:
-        """Of a feature with more than one position."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return None
-        grid = find_grid(value.shape, self.images.shape)
-        return grid if grid and grid.positions > 1 else None
+        return find_grid(value.shape, self.images.shape)
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether it runs stages or blocks one after the other, each of which may be tapped."""
+    lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
+    blocks = [block for found in lists for block in found]
+    return isinstance(module, nn.Sequential) or bool(blocks and all(any(b.children()) for b in blocks))
 
 
 @contextlib.contextmanager
