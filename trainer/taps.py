@@ -73,7 +73,7 @@ def split(text: str) -> list[str]:
     """Its parts between commas, except those within brackets."""
     parts, depth = [""], 0
     for letter in text:
-        depth += {"[": 1, "]": -1}.get(letter, 0)
+        depth += {"[": 1, "(": 1, "]": -1, ")": -1}.get(letter, 0)
         if letter == "," and not depth:
             parts.append("")
         else:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from runs import check_refusal, make_folders, run
+from user_code import NET
 
 import models
 from at_fused import _architectures
@@ -16,37 +17,6 @@ from models.importers import load_state
 from trainer.command_line import parse_args
 from trainer.config import Config, make_config
 from trainer.errors import ConfigError
-
-NET = """
-from torch import nn
-
-
-class Net(nn.Sequential):
-    def __init__(self, num_classes, width=8):
-        super().__init__(
-            nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.Dropout(0.5),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, num_classes),
-        )
-
-
-def small(num_classes, width=8):
-    return Net(num_classes, width)
-
-
-def many(num_classes):
-    return Net(num_classes + 1)
-
-
-def words(num_classes):
-    return "a network"
-
-
-def broken(num_classes):
-    raise KeyError("no such block")
-
-
-NUMBER = 3
-"""
 
 
 @pytest.fixture(scope="module")
