@@ -27,6 +27,7 @@ from trainer.config import Config, make_config
 from trainer.data import in_memory
 from trainer.distributed import Ranks
 from trainer.methods import METHODS as TABLE
+from trainer.methods import Batch
 from trainer.objectives import objective
 from trainer.run import Run
 
@@ -324,7 +325,7 @@ def test_passes_are_recorded_where_the_term_is_used(
     assert ours.sums[2] > 0
     loop.evaluate(ours, ours.student)
     with pytest.raises(RuntimeError, match="has not reached the tapped modules"):  # nothing is left behind
-        ours.method.term(None, 1.0)  # type: ignore[arg-type]
+        ours.method.term(Batch(*batch, batch[0], None), 1.0)
 
 
 @pytest.mark.slow
