@@ -86,7 +86,8 @@ def write_curves(folder: Path, history: list[Metrics], title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2))
+    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.12, top=0.84, wspace=0.18)
     FigureCanvasAgg(figure)
     error_axes, loss_axes = figure.subplots(1, 2)
     epochs = [metrics["epoch"] for metrics in history]

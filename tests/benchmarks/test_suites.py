@@ -597,7 +597,8 @@ def test_quick_scaling_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_quick_step_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = step_probe.SETTINGS["cpu"]
-    monkeypatch.setitem(step_probe.SETTINGS, "cpu", dataclasses.replace(setting, size=8))
+    small = dataclasses.replace(setting, student="wrn-10-1", teacher="wrn-10-2", size=8)
+    monkeypatch.setitem(step_probe.SETTINGS, "cpu", small)
     monkeypatch.setattr(step_probe, "in_a_process", step_probe.measure)
     compile_ = torch.compile  # for its graphs, not for their code
     monkeypatch.setattr(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from paths import ROOT
-from runs import make_folders
+from runs import compile_without_code, make_folders
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -88,8 +88,9 @@ def test_both_do_the_same_work(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-def test_compiled_and_with_graphs() -> None:
+def test_compiled_and_with_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU is asked, here without one."""
+    compile_without_code(monkeypatch)
     row = trainer_suite.measure_case(replace(TOY, compile=True, cuda_graphs=True), None, 1)
     assert (row["compile"], row["cuda_graphs"]) == (True, True)
     assert row["ratio"] > 0

@@ -20,6 +20,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("triton",) if INTERPRETED else at_fused.available_backends()
 FUSED = [name for name in BACKENDS if name != "reference"]
 
+SOAK = int(os.environ.get("AT_FUSED_SOAK", "1"))  # `make soak`: how many times the work of an ordinary run
+
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

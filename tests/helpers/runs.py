@@ -99,6 +99,16 @@ def launch(ranks: int, folder: Path, **keys: Any) -> subprocess.CompletedProcess
     return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
+def compile_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let modules be traced and run as graphs; test_trainer's compiled run also generates their code."""
+    compile_ = torch.nn.Module.compile
+
+    def traced(module: torch.nn.Module, *, dynamic: bool, options: dict[str, Any]) -> None:
+        compile_(module, backend="aot_eager", dynamic=dynamic)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+
+
 def in_a_child(work: Callable[[], int]) -> int:
     """The number of a forked process, which needs no imports of its own."""
     if torch.cuda.is_available():

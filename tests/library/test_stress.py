@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +17,6 @@ from cases import each_backend, feature
 from torch import Tensor
 
 import at_fused
-
-SOAK = int(os.environ.get("AT_FUSED_SOAK", "1"))
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +47,7 @@ def test_threads_that_share_the_library(backend: str) -> None:
 
     turns = 24 if backend == "triton" else 200
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(work, range(turns * SOAK)))
+        assert all(pool.map(work, range(turns * cases.SOAK)))
 
 
 def _child(backend: str, threads: int, path: Path) -> None:
@@ -99,5 +96,5 @@ def test_memory_does_not_grow(backend: str) -> None:
 
     calls(2_000)
     before = used()
-    calls(10_000 * SOAK)
+    calls(10_000 * cases.SOAK)
     assert used() - before < 1.0, "MiB: even 128 bytes a call would show"

@@ -44,16 +44,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that a signal ended at its 6th step: its checkpoints are of the steps 6 and 5."""
-    polls = iter(range(1, 99))
-    with monkeypatch.context() as patch:
+    folder, polls = tmp_path_factory.mktemp("stopped") / "run", iter(range(1, 99))
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed.StopRequest, "poll", lambda self: signal.SIGTERM * (next(polls) == 6))
-        assert run(tmp_path / "run") == 128 + signal.SIGTERM
+        assert run(folder) == 128 + signal.SIGTERM
     for name, step in ((run_folder.CHECKPOINT, 6), (run_folder.PREVIOUS, 5)):
-        assert torch.load(tmp_path / "run" / name, weights_only=True)["progress"]["step"] == step
-    return tmp_path / "run"
+        assert torch.load(folder / name, weights_only=True)["progress"]["step"] == step
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(stopped_once, tmp_path / "run")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

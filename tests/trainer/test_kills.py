@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 from paths import ROOT
 from runs import ENVIRONMENT, SMALL, check_same, code_of, command, flags, fork_ranks, in_a_child
 
 import train
 
-SOAK = int(os.environ.get("AT_FUSED_SOAK", "1"))
 KEYS = SMALL | {"epochs": 3, "checkpoint-every": 2}  # 12 steps, 6 checkpoints
 
 pytestmark = pytest.mark.slow
@@ -97,7 +97,7 @@ def test_killed_at_random(keys: dict[str, Any], whole: Path, tmp_path: Path) -> 
     assert code_of(in_a_child(lambda: train.main(flags(keys | {"output-dir": tmp_path / "timed"})))) == 0
     seconds = time.perf_counter() - begun
     draw, killed = random.Random(0), 0
-    for _ in range(20 * SOAK):
+    for _ in range(20 * cases.SOAK):
         child = in_a_child(lambda: train.main(words))
         time.sleep(draw.uniform(0, seconds / 2))
         os.kill(child, signal.SIGKILL)
@@ -131,9 +131,9 @@ def time_of(path: Path) -> int | None:
 
 def test_a_rank_is_killed_under_elastic_restart(tmp_path: Path) -> None:
     """torchrun starts both ranks again, and they continue by themselves: killed once they have, each time."""
-    options = {"epochs": 16 * SOAK, "freeze_bn": "false", "checkpoint_every": 3}
+    options = {"epochs": 16 * cases.SOAK, "freeze_bn": "false", "checkpoint_every": 3}
     assert fork_ranks(2, tmp_path / "whole", **options).returncode == 0
-    folder, kills, draw = tmp_path / "run", 2 * SOAK, random.Random(1)
+    folder, kills, draw = tmp_path / "run", 2 * cases.SOAK, random.Random(1)
     line = command(2, folder, **options)
     line.insert(line.index("--standalone"), f"--max-restarts={kills}")
     with (tmp_path / "log").open("w") as log:

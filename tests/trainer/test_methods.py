@@ -330,7 +330,10 @@ def test_passes_are_recorded_where_the_term_is_used(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["at", "at+kd", "hints"])
-def test_compiled_terms_start_at_their_epoch(method: str, teacher: Path, tmp_path: Path) -> None:
+def test_compiled_terms_start_at_their_epoch(
+    method: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.compile_without_code(monkeypatch)
     keys = keys_of(method, teacher) | {"at_start_epoch": 1, "epochs": 2, "limit_train": 128, "lr": 0.001}
     for compiled in ("false", "true"):
         assert run(tmp_path / compiled, **keys, compile=compiled) == 0
