@@ -63,7 +63,7 @@ def run(options: argparse.Namespace, device: torch.device) -> str:
         suite.result(rows, options, device).write(options.out, stem, rows, machine)
     result = suite.result(rows, options, device)
     if result.draw:
-        result.draw(options.out / f"{stem}.png")
+        result.draw(options.out / f"{stem}.png", machine)
     return result.write(options.out, stem, rows, machine)
 
 

@@ -193,7 +193,7 @@ def draw(results: Path, measured: Path, todo: Sequence[Piece], device: str) -> N
     """Write the picture of all losses, and the measured figures beside the predictions."""
     rows, machine = loss_rows(measured, todo, device)
     if machine:
-        plots.times_floor(loss_tables.main_group(rows), results / f"loss-{device}.png")
+        plots.times_floor(loss_tables.main_group(rows), results / f"loss-{device}.png", machine)
     for path in measured.glob(f"*/*-{device}.*"):
         if not path.name.startswith("loss-"):
             shutil.copy(path, results)

@@ -35,7 +35,7 @@ class Result:
 
     title: str
     tables: Sequence[Table]
-    draw: Callable[[Path], None] | None = None  # writes the picture to a path
+    draw: Callable[[Path, dict[str, Any]], None] | None = None  # the picture, to a path, with the machine
     keys: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path, stem: str, rows: Sequence[Row], machine: dict[str, Any]) -> str:

@@ -30,10 +30,7 @@ def measure(options: argparse.Namespace, device: torch.device, rows: Sequence[Ro
 
 def result(rows: Sequence[Row], options: argparse.Namespace, device: torch.device) -> Result:
     """A table and a panel of the picture for each sweep."""
-    sweeps = {
-        varied: [row for row in rows if row["varied"] == varied]
-        for varied in dict.fromkeys(row["varied"] for row in rows)
-    }
+    sweeps = plots.sweeps(rows)
     layout, dtype = _form(options, device)
     title = f"Scaling of forward and backward, one pair (128, 28, 28), {layout}, {dtype}"
     tables = [times_table(f"Varying {varied}", swept) for varied, swept in sweeps.items()]
