@@ -197,7 +197,8 @@ def test_gradcheck(kind: str, training: bool, model: Smooth, teacher: Smooth, x:
 @pytest.mark.parametrize(
     "name, training",
     # not resnet-50 in train mode: statistics of a few values make its J jump within any step
-    [(name, training) for name in ZOO for training in (True, False)] + [("resnet-50", False)],
+    [(name, training) for name in ZOO for training in (True, False) if training or "nobn" not in name]
+    + [("resnet-50", False)],
 )
 def test_double_backward_through_every_zoo_model(name: str, training: bool) -> None:
     """The derivative along a random direction in all weights against a difference of the values, in fp64."""

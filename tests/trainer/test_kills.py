@@ -22,7 +22,7 @@ from runs import ENVIRONMENT, SMALL, check_same, code_of, command, flags, fork_r
 
 import train
 
-KEYS = SMALL | {"epochs": 3, "checkpoint-every": 2}  # 12 steps, 6 checkpoints
+KEYS = SMALL | {"epochs": 2, "checkpoint-every": 2}  # 8 steps, 4 checkpoints
 
 pytestmark = pytest.mark.slow
 
