@@ -18,6 +18,7 @@ class Served(NamedTuple):
     dtypes: set[torch.dtype]
     mappings: set[str]
     layouts: set[str]  # of a sample: see `layouts`
+    positions: int  # of a map, at the most
 
 
 SERVED = {
@@ -25,6 +26,7 @@ SERVED = {
         dtypes={torch.float32, torch.bfloat16, torch.float16},
         mappings={"sum"},
         layouts={"channels-first", "channels-last"},
+        positions=128 * 128,
     )
 }
 
@@ -43,6 +45,7 @@ def must_serve(backend: str, features: Sequence[Tensor], mapping: str) -> bool:
         mapping in served.mappings
         and all(map(backends.is_plain, features))
         and all(x.dtype in served.dtypes and layouts(x) & served.layouts for x in features)
+        and all(x.shape[2:].numel() <= served.positions for x in features)
     )
 
 
