@@ -60,8 +60,8 @@ def test_both_do_the_same_work(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
         terms.append(len(students))
         return term(module, students, teachers)
 
-    def counted_transfer(module: at_fused.AttentionTransfer) -> Tensor:
-        value = transfer(module)
+    def counted_transfer(module: at_fused.AttentionTransfer, *maps: Any) -> Tensor:
+        value = transfer(module, *maps)
         terms.append(len(module.losses))
         return value
 
