@@ -56,6 +56,8 @@ def test_only_a_leading_tilde_is_a_home(home: Path) -> None:
 @pytest.mark.parametrize("key", PATH_KEYS)
 def test_every_path_key(key: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys: dict[str, Any] = {"student": "wrn-10-1", "dataset": "digits"}
+    if key == "teacher-cache":
+        keys |= {"method": "at", "teacher": "wrn-10-1", "teacher-checkpoint": "t.pt", "augment-cycle": 1}
     config = make_config(keys | {key: "~/a b/c"})
     assert str(getattr(config, key.replace("-", "_"))) == f"{home}/a b/c"
     assert yaml.safe_load(config.to_yaml())[key] == f"{home}/a b/c", "a run's own recipe serves anybody"
