@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -17,15 +17,20 @@ ChannelDim = int | Sequence[int]
 Masks = Tensor | Sequence[Tensor | None]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Of each option, the words that it can be.
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "mapping": (*reference.MAPPINGS,),
-    "normalize": (None, *reference.NORMS),
-    "distance": (*reference.DISTANCES,),
-    "reduction": (*reference.REDUCTIONS,),
-    "resize": (*reference.RESIZES, "error"),
-    "backend": ("auto", *backends.NAMES),
+# Of each option, what its words stand for, and the words that stand for nothing there.
+_OPTIONS: dict[str, list[Collection[str | None]]] = {
+    "mapping": [reference.MAPPINGS],
+    "normalize": [(None,), reference.NORMS],
+    "distance": [reference.DISTANCES],
+    "reduction": [reference.REDUCTIONS],
+    "resize": [reference.RESIZES, ("error",)],
+    "backend": [("auto",), backends.NAMES],
 }
+
+
+def choices(option: str) -> tuple[str | None, ...]:
+    """What `option` can be."""
+    return tuple(word for words in _OPTIONS[option] for word in words)
 
 
 def check_real(name: str, value: object) -> None:
@@ -41,15 +46,17 @@ def check_number(name: str, value: float, *, at_least: float, finite: bool = Tru
         raise ValueError(f"{name} must be {'a finite number ' if finite else ''}>= {at_least}, got {value}")
 
 
-def check_options(p: float, norm_order: float = 2, eps: float = 0, **words: str | None) -> None:
-    """The options that do not depend on the features; `words` are those of a few choices."""
+def check_options(p: float, norm_order: float = 2, eps: float = 0, **options: str | None) -> None:
+    """The options that do not depend on the features; `options` are those of a few words."""
     check_number("p", p, at_least=1)
-    for name, value in words.items():
-        allowed = CHOICES[name]
+    for name, value in options.items():
         if value is not None and not isinstance(value, str):
-            raise TypeError(f"{name} must be one of {allowed}, got {type(value).__name__}")
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+            raise TypeError(f"{name} must be one of {choices(name)}, got {type(value).__name__}")
+        for words in _OPTIONS[name]:
+            if value in words:
+                break
+        else:
+            raise ValueError(f"{name} must be one of {choices(name)}, got {value!r}")
     check_number("norm_order", norm_order, at_least=1, finite=False)
     check_number("eps", eps, at_least=0)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from .._checks import CHOICES
+from .._checks import choices
 from .._selectors import close_names
 from . import output
 from .grid import SCALES
@@ -100,7 +100,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--headings", nargs="+", metavar="TEXT", help="what to call the taps (default: their names)")
     add("--p", nargs="+", type=float, default=[2.0], metavar="P", help="exponents of the maps (default 2)")
-    add("--mapping", choices=CHOICES["mapping"], default="sum", help="over channels (default sum)")
+    add("--mapping", choices=choices("mapping"), default="sum", help="over channels (default sum)")
     add(
         "--scale",
         choices=SCALES,
