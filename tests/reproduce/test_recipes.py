@@ -17,8 +17,8 @@ from trainer import methods
 from trainer.command_line import parse_args
 from trainer.config import Config, make_config
 from trainer.errors import ConfigError
-from trainer.methods.features import tap_names
 from trainer.recipes import load_recipe
+from trainer.taps import compared
 
 RECIPES = ROOT / "recipes"
 FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.name != "tables.yaml")
@@ -51,7 +51,8 @@ def test_every_recipe_resolves_and_names_what_exists(path: Path) -> None:
         student = models.create(config.student, classes)
         if methods.METHODS[config.method].compares_features:
             teacher = models.create(str(config.teacher), classes)
-            for model, names in zip((student, teacher), tap_names(config, student, teacher), strict=True):
+            found = compared(config, student, teacher, torch.zeros(1, 3, 64, 64))
+            for model, names in ((student, found.names), (teacher, found.t_names)):
                 assert names
                 for name in names:
                     model.get_submodule(name)
@@ -66,7 +67,7 @@ def test_taps_that_one_network_lacks_are_refused() -> None:
     for student, teacher in (("nin-thin", "wrn-10-2"), ("wrn-10-2", "nin-thin")):
         config = make_config(keys | {"student": student, "teacher": teacher})
         with pytest.raises(ConfigError, match=r"^taps convs: .*wrn-10-2 (has )?0.*; name the modules"):
-            tap_names(config, nets[student], nets[teacher])
+            compared(config, nets[student], nets[teacher], torch.zeros(1, 3, 32, 32))
 
 
 def test_incomplete_recipes_are_bases_or_schedules() -> None:
