@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -213,14 +213,17 @@ def _cure(student: torch.Size, teacher: torch.Size) -> str:
 
 
 def check_masks(
-    masks: Masks, names: Sequence[str], shapes: Sequence[Sequence[int]], device: torch.device
+    masks: Masks, name: Callable[[int], str], shapes: Sequence[Sequence[int]], device: torch.device
 ) -> list[Tensor | None] | None:
-    """One mask (B, *spatial), or None, per pair; `shapes` are those of the student's maps. None: no masks."""
+    """One mask (B, *spatial), or None, per pair; `shapes` are those of the student's maps. None: no masks.
+
+    `name` is called for a pair that is wrong alone.
+    """
     if isinstance(masks, Tensor) or not isinstance(masks, Sequence):
         raise TypeError(f"masks must be a sequence, one mask or None per pair, got {described(masks)}")
     if len(masks) != len(shapes):
         raise ValueError(f"masks must have one per pair: got {len(masks)} for {len(shapes)} pairs")
-    for name, mask, shape in zip(names, masks, shapes, strict=True):
+    for index, (mask, shape) in enumerate(zip(masks, shapes, strict=True)):
         if mask is None:
             continue
         kind: type[Exception] = ValueError
@@ -232,17 +235,17 @@ def check_masks(
             problem = f"is on {mask.device}, the student on {device}"
         else:
             continue
-        raise kind(f"{name}: the mask {described(mask, dtype=True)} {problem}")
+        raise kind(f"{name(index)}: the mask {described(mask, dtype=True)} {problem}")
     return None if all(mask is None for mask in masks) else list(masks)
 
 
-def check_batches(names: Sequence[str], sizes: Sequence[int]) -> None:
+def check_batches(name: Callable[[int], str], sizes: Sequence[int]) -> None:
     """With reduction="batch" the losses of all pairs' samples are the rows of one tensor."""
-    for name, size in zip(names, sizes, strict=True):
+    for index, size in enumerate(sizes):
         if size != sizes[0]:
             raise ValueError(
-                f'{name}: reduction="batch" needs one batch size in all pairs, got {size} and, in the first, '
-                f"{sizes[0]}"
+                f'{name(index)}: reduction="batch" needs one batch size in all pairs, got {size} and, in the '
+                f"first, {sizes[0]}"
             )
 
 

@@ -70,8 +70,8 @@ def _of_file(path: str) -> ModuleType:
         raise ValueError(f"there is no file {path}")
     number = hashlib.blake2b(path.encode(), digest_size=4).hexdigest()
     spec = importlib.util.spec_from_file_location(f"{Path(path).stem}_{number}", path)
-    assert spec is not None  # a .py file has one, with a loader
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no file of Python code")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses and pickle look it up
     _append_to_path(os.path.dirname(path))

@@ -153,6 +153,11 @@ def feature_and_map(
     return tapped
 
 
+def is_fused(normalize: str | None, distance: str, reduction: str, masks: object) -> bool:
+    """Whether `fused_loss` is what these options ask for, of pairs of equal sizes and precision."""
+    return normalize == "l2" and distance == "mse" and reduction != "batch" and masks is None
+
+
 def fused_loss(
     students: list[Tensor],
     teachers: list[Tensor],

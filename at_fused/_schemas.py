@@ -95,20 +95,12 @@ def below_autograd(operator: Any, *arguments: Any) -> Any:
 
 
 @torch.library.register_fake("at_fused::attention_maps", lib=library)
-def _fake_maps(feats: list[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
+def _fake_maps(feats: list[Tensor], *options: Any) -> list[Tensor]:
     return [empty_map(feat) for feat in feats]
 
 
 @torch.library.register_fake("at_fused::attention_maps_backward", lib=library)
-def _fake_maps_backward(
-    feats: list[Tensor],
-    grad_maps: list[Tensor],
-    scale: Tensor | None,
-    p: float,
-    mapping: str,
-    backend: str,
-    addends: list[Tensor] | None = None,
-) -> list[Tensor]:
+def _fake_maps_backward(feats: list[Tensor], *others: Any) -> list[Tensor]:
     return [torch.empty_like(feat) for feat in feats]
 
 

@@ -141,13 +141,17 @@ def attention_loss(
         backend=backend,
     )
     students, teachers = check_pairs(s_feats, t_feats, resize, channel_dim, t_channel_dim)
+
+    def name(index: int) -> str:
+        return f"pair {index}: student {described(students[index])}"
+
     if masks is not None:
         if isinstance(masks, Tensor) and isinstance(s_feats, Tensor):
             masks = [masks]
         shapes = [(student.shape[0], *student.shape[2:]) for student in students]
-        masks = check_masks(masks, _names(students), shapes, students[0].device)
+        masks = check_masks(masks, name, shapes, students[0].device)
     if reduction == "batch":
-        check_batches(_names(students), [student.shape[0] for student in students])
+        check_batches(name, [student.shape[0] for student in students])
     factors = [1.0] * len(students) if weights is None else check_weights(weights, len(students))
     comparable = all(
         s.shape[2:] == t.shape[2:] and (s.dtype == torch.float64) == (t.dtype == torch.float64)
@@ -156,8 +160,7 @@ def attention_loss(
 
     feats = [*students, *teachers]
     backend = backends.select(backend, feats, p, mapping)
-    common = normalize == "l2" and distance == "mse" and reduction != "batch" and masks is None
-    if backend != "reference" and common and comparable:
+    if backend != "reference" and comparable and _ops.is_fused(normalize, distance, reduction, masks):
         loss: Tensor = _ops.fused_loss(
             students, teachers, factors, float(p), mapping, float(eps), reduction == "sum", backend
         )
@@ -177,10 +180,6 @@ def attention_loss(
         resize=resize,
         eps=eps,
     )
-
-
-def _names(students: Sequence[Tensor]) -> list[str]:
-    return [f"pair {index}: student {described(student)}" for index, student in enumerate(students)]
 
 
 class AttentionLoss(nn.Module):

@@ -180,11 +180,15 @@ class AttentionTransfer(Tapping):
         names = self._student.names, self._teacher.names
         for pair in zip(*names, students, teachers, zip(*self._dims, strict=True), strict=True):
             self._check(*pair)
+
+        def name(index: int) -> str:
+            return f"{self._student.names[index]!r} {described(students[index])}"
+
         if masks is not None:
             shapes = [student.shape for student in students]
-            masks = check_masks(masks, self._described(students), shapes, students[0].device)
+            masks = check_masks(masks, name, shapes, students[0].device)
         if self.reduction == "batch":
-            check_batches(self._described(students), [student.shape[0] for student in students])
+            check_batches(name, [student.shape[0] for student in students])
         losses = self._compare(students, teachers, masks)
         self.clear()
         terms = losses.detach()
@@ -249,10 +253,6 @@ class AttentionTransfer(Tapping):
                 )
         return [given.to(student.dtype) for given, student in zip(maps, students, strict=True)]
 
-    def _described(self, students: Sequence[Tensor]) -> list[str]:
-        pairs = zip(self._student.names, students, strict=True)
-        return [f"{name!r} {described(student)}" for name, student in pairs]
-
     def _check(
         self, s_name: str, t_name: str, student: Tensor, teacher: Tensor, dims: tuple[int, int]
     ) -> None:
@@ -284,9 +284,8 @@ class AttentionTransfer(Tapping):
         comparable = all(
             s.shape == t.shape and s.dtype == t.dtype for s, t in zip(students, teachers, strict=True)
         )
-        each_sample = self.reduction == "batch"
-        common = self.distance["normalize"] == "l2" and self.distance["distance"] == "mse"
-        hot = common and comparable and masks is None and not each_sample
+        normalize, distance = self.distance["normalize"], self.distance["distance"]
+        hot = comparable and _ops.is_fused(normalize, distance, self.reduction, masks)
         if hot and not torch.compiler.is_compiling():
             # A map is its own F_sum^1 over one channel: the fused loss takes maps as it takes features.
             s_maps, t_maps = [s.unsqueeze(1) for s in students], [t.unsqueeze(1) for t in teachers]
@@ -298,7 +297,7 @@ class AttentionTransfer(Tapping):
                 )
                 return losses
         # Not into the weights: a beta within them would recompile each time that it changes.
-        reduction = "batch" if each_sample else "none"
+        reduction = "batch" if self.reduction == "batch" else "none"
         return self.beta * reference.loss_from_maps(
             students, teachers, self.weights, reduction=reduction, masks=masks, **self.distance
         )

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 after a mistake, which is told in one line."""
     try:
         print(_told(_parse(argv)))
-    except (ValueError, TypeError, RuntimeError, ImportError, AssertionError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         print(f"taps: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
