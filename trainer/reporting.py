@@ -50,7 +50,7 @@ class Reporter:
         if self.console.is_interactive:
             figures = TextColumn("{task.completed}/{task.total}  {task.fields[figures]}")
             columns = TextColumn("{task.description}"), BarColumn(bar_width=None), figures
-            self._bar = Progress(*columns, console=self.console, expand=True)
+            self._bar = Progress(*columns, console=self.console, expand=True, auto_refresh=False)
             self._bar.add_task("training", total=steps, completed=done, figures="")
             self._bar.start()
 
@@ -70,7 +70,7 @@ class Reporter:
             return
         figures = self._pace.figures(loss)
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=done, figures=figures)
+            self._bar.update(self._bar.task_ids[0], completed=done, figures=figures, refresh=True)
             self._spoke = time.monotonic()
         elif time.monotonic() - self._spoke >= wait:
             self.say(f"step {done}/{self._pace.steps}  {self._title}  {figures}")
@@ -82,7 +82,8 @@ class Reporter:
 
     def _phase(self, title: str) -> None:
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], description=title, completed=self._pace.done)
+            done = self._pace.done
+            self._bar.update(self._bar.task_ids[0], description=title, completed=done, refresh=True)
 
     def _write_events(self, metrics: Metrics, step: int) -> None:
         if self._tensorboard:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -525,7 +526,9 @@ def test_a_killed_data_worker(tmp_path: Path) -> None:
     assert process.returncode == 1, error
     (line,) = error.splitlines()
     assert line.startswith("train.py: error: data worker ")
-    assert "was killed, as the system does when memory runs out: fewer workers (now 2) or" in line
+    # torch sees the signal or, where it looks first, only that the worker is gone
+    killed = "was killed, as the system does when memory runs out"
+    assert re.search(rf" ({killed}|has ended, perhaps for lack of memory): fewer workers \(now 2\) or", line)
     assert line.endswith("resume auto continues from the last checkpoint")
     step = checkpoint.load(tmp_path / "run" / run_folder.CHECKPOINT)["progress"]["step"]
     process = loading(tmp_path / "again", output_dir=tmp_path / "run", max_steps=step + 1)
