@@ -8,6 +8,7 @@ TORCHVISION ?= torchvision==0.28.0
 BIN := $(VENV)/bin
 # Modules are compiled when they are first imported, which most never are.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
+unexport PYTHONDONTWRITEBYTECODE# or each process compiles torch anew: a start takes 7 seconds instead of 2
 READY := $(VENV)/.at_fused-ready# made by a complete, ordinary install only: anything less is tried again
 TOOLS := $(VENV)/.tools-ready
 PARALLEL := -q -n auto --benchmark-disable --dist# and how to share the tests
