@@ -18,6 +18,8 @@ pytest.register_assert_rewrite("cases", "runs")  # else what is asserted there f
 with suppress(ImportError):  # a run of the library alone
     from models import torchvision_compat  # noqa: F401  (before torchvision: xdist unpickles its users' warnings)
 
+# A compiler in this process, rather than in others that first import torch and that a fork can't use.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # on a GPU, too, fp32 is compared as fp32
 torch.backends.cudnn.deterministic = True  # and what is computed twice has the same bits
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,11 +123,13 @@ def in_a_child(work: Callable[[], int]) -> int:
         code = 99
         try:
             code = work()
+            sys.stdout.flush()
+            sys.stderr.flush()
         except BaseException:
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
     return child
 
 
@@ -130,9 +137,91 @@ def code_of(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def begin_as_a_program(out: int, err: int) -> None:
+    """Undo in a forked process what pytest has done to streams, signals and warnings."""
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    sys.stdout, sys.stderr = (open(number, "w") for number in (1, 2))  # noqa: SIM115
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def show(*warning: Any, **places: Any) -> None:
+        sys.stderr.write(warnings.formatwarning(*warning[:4]))
+
+    warnings.resetwarnings()
+    for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", hidden)
+    warnings.showwarning = show
+
+
+class Forked(subprocess.Popen[Any]):
+    """A command that starts train.py, run in a fork of this process: for what becomes of a run.
+
+    How the interpreter starts and ends, which takes most of a short run's time, is not tested by it.
+    """
+
+    def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, *options: Any) -> None:
+        _, _, cwd, env, _, _, _, *pipes = options[:13]
+        new_session = options[18]
+        if torch.cuda.is_available():  # see `in_a_child`
+            return super()._execute_child(args, executable, preexec_fn, *options)  # type: ignore[misc]
+        words = [str(word) for word in args]
+        (script,) = (place for place, word in enumerate(words) if Path(word).name == "train.py")
+
+        def work() -> int:
+            for stream in (self.stdin, self.stdout, self.stderr):
+                if stream:
+                    stream.close()  # the other end of a pipe is the parent's alone
+            begin_as_a_program(*(1 if fd == -1 else fd for fd in (pipes[3], pipes[5])))
+            if new_session:
+                os.setsid()
+            os.chdir(cwd or ".")
+            if env is not None:
+                os.environ.clear()
+                os.environ.update(env)
+            if preexec_fn:
+                preexec_fn()
+            return train.main(words[script + 1 :])
+
+        self.pid = in_a_child(work)
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+
+def forked(command: list[Any], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Like `subprocess.run` with its output captured, through `Forked`."""
+    pipe = subprocess.PIPE
+    with Forked(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, **options) as process:
+        out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
+    """Until it holds; an error where the process ends before, or hangs."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, f"ended with code {process.returncode} before its time"
+        assert time.monotonic() < deadline, "hangs"
+        time.sleep(0.005)
+
+
+def fork_trainings(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+    """Let the trainings that a module starts be forks of this process."""
+
+    def call(*arguments: Any, **options: Any) -> int:
+        return Forked(*arguments, **options).wait()
+
+    names = SimpleNamespace(Popen=Forked, call=call, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(module, "subprocess", names)
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """A port on which nobody listens, below those that systems give out: nobody gets it until it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10000, 30000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def fork_ranks(
@@ -150,9 +239,7 @@ def fork_ranks(
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in (numbers | address).items()}
-            sys.stdout, sys.stderr = out, err
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
+            begin_as_a_program(out.fileno(), err.fileno())
             return main(words)
 
         children = [in_a_child(partial(work, rank)) for rank in range(ranks)]

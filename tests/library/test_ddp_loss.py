@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import cases
@@ -57,9 +56,9 @@ def step(
     return loss.detach()
 
 
-def rank_main(rank: int, address: str, folder: str, variants: list[dict]) -> None:
+def rank_main(rank: int, folder: str, variants: list[dict]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
     torch.save([train(rank, options) for options in variants], Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -81,10 +80,7 @@ def test_gradient_is_that_of_the_global_batch(tmp_path: Path) -> None:
     variants = [
         {**options, "backend": name} for name in backends for options in ({}, {"distance": "norm", "p": 1})
     ]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    mp.spawn(rank_main, (address, str(tmp_path), variants), nprocs=RANKS)
+    mp.spawn(rank_main, (str(tmp_path), variants), nprocs=RANKS)
     for rank in range(RANKS):
         for options, got in zip(
             variants, torch.load(tmp_path / f"{rank}.pt", weights_only=True), strict=True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +76,9 @@ def train(rank: int, way: str) -> dict[str, Tensor]:
     return {n: g.full_tensor() if "fsdp" in way else g for n, g in grads.items() if g is not None}
 
 
-def rank_main(rank: int, address: str, folder: str) -> None:
+def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
     torch.save({way: train(rank, way) for way in WAYS}, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -87,10 +86,7 @@ def rank_main(rank: int, address: str, folder: str) -> None:
 @pytest.mark.slow
 def test_gradient_is_that_of_one_process(tmp_path: Path) -> None:
     """Every way in one pair of processes, which take longer to start than to run."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    mp.spawn(rank_main, (address, str(tmp_path)), nprocs=RANKS)
+    mp.spawn(rank_main, (str(tmp_path),), nprocs=RANKS)
     student, teacher = models()
     with at_fused.AttentionTransfer(student, teacher, NAMES, beta=BETA) as transfer:
         step(student, teacher, transfer, *batch()).backward()

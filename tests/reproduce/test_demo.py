@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from paths import ROOT
+from runs import fork_trainings
 
 import models
 from reproduce import runner
@@ -164,7 +165,8 @@ def test_recipes_differ_only_in_what_is_compared() -> None:
 def test_runs_from_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "PROGRESS_SECONDS", 1.0)
+    monkeypatch.setattr(demo, "PROGRESS_SECONDS", 0.0)
+    fork_trainings(monkeypatch, demo)
     flags = ["--epochs", "1", "--limit-train", "32", "--limit-test", "40"]
     assert demo.main(["--output-dir", str(tmp_path / "demo"), "--seeds", "1", "--jobs", "2", *flags]) == 0
     assert {"report.md", "curves.png", "attention_maps.png"} <= {

@@ -11,7 +11,9 @@ import pytest
 import torch
 from paths import ROOT
 from PIL import Image
+from runs import fork_trainings
 
+from reproduce import jobs
 from reproduce.answers import Answers
 from reproduce.command_line import exclusive
 from reproduce.mini import __main__ as mini
@@ -166,8 +168,11 @@ def test_lines_of_the_table() -> None:
 
 
 @pytest.mark.slow
-def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One epoch of everything. The fine-tuned keep their BatchNorm and their first group as they were."""
+    fork_trainings(monkeypatch, jobs)
     out = tmp_path / "out"
     words = [
         "--data-dir",

@@ -7,13 +7,13 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from paths import ROOT
+from runs import fork_trainings, wait_until
 
 import reproduce.jobs
 from reproduce import __main__ as paper
@@ -629,7 +629,8 @@ TINY = {
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Digits in place of CIFAR, as the table `tiny`; returns the folder of its recipes."""
+    """Digits in place of CIFAR, as the table `tiny`, by forks; returns the folder of its recipes."""
+    fork_trainings(monkeypatch, reproduce.jobs)
     common = "dataset: digits\nlimit-train: 64\nlimit-test: 50\nepochs: 1\n"
     recipes = {
         "teacher": f"{common}student: wrn-10-2\n",
@@ -703,9 +704,7 @@ def test_a_signal_stops_the_trainings_which_continue_later(
     words = ["tiny", "--columns", "teacher", "--data-dir", "d", "--out", str(tmp_path), "--threads", "1"]
     process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT)
     log = tmp_path / "paper/logs/teacher-seed0.log"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.exists() and "epoch 2/40" in log.read_text()):
-        time.sleep(0.05)
+    wait_until(lambda: log.exists() and "epoch 2/40" in log.read_text(), process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert "stopped by signal" in log.read_text()

@@ -5,14 +5,23 @@ from __future__ import annotations
 import gc
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from paths import ROOT
-from runs import DISTRIBUTED, ENVIRONMENT, command, flags, fork_ranks, launch, make_folders, results
+from runs import (
+    DISTRIBUTED,
+    ENVIRONMENT,
+    command,
+    flags,
+    fork_ranks,
+    launch,
+    make_folders,
+    results,
+    wait_until,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import train
@@ -82,13 +91,11 @@ def test_stopped_ranks_resume_together(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(2, folder, **keys), cwd=ROOT, env=ENVIRONMENT, stdout=quiet, stderr=quiet
     )
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_until((folder / "checkpoint.pt").exists, process)
     process.send_signal(signal.SIGTERM)
     process.wait(120)
     assert not (folder / "model.pt").exists()
-    resumed = launch(2, folder, **keys)
+    resumed = fork_ranks(2, folder, **keys)
     assert resumed.returncode == 0, resumed.stderr
     assert "continuing from step" in resumed.stdout
     assert "FutureWarning" not in resumed.stderr

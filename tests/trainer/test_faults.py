@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from paths import ROOT
-from runs import SMALL, code_of, dashed, flags, in_a_child, make_folders, metrics
+from runs import SMALL, Forked, code_of, dashed, flags, forked, in_a_child, make_folders, metrics, wait_until
 from torch.utils.tensorboard import SummaryWriter
 
 import train
@@ -246,11 +245,7 @@ def test_the_good_checkpoint_survives_until_there_is_another(stopped: Path, monk
 
 
 def start(folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "train.py"), *flags(KEYS | {"output-dir": folder})]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, **options
-    )
+    return forked(["train.py", *flags(KEYS | {"output-dir": folder})], **options)
 
 
 def check_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -401,7 +396,8 @@ def test_a_signal_to_the_whole_group_stops_the_run_alone(number: signal.Signals,
     keys = {"dataset": "imagefolder", "data-dir": tmp_path / "images", "image-size": 16, "workers": 2}
     values = KEYS | keys | {"limit-test": 3, "epochs": 10**6, "batch-size": 4, "output-dir": tmp_path / "run"}
     values |= {"limit-train": 120, "lr-schedule": "constant", "lr": 1e-3}
-    process = subprocess.Popen(
+    how = subprocess.Popen if number == signal.SIGTERM else Forked
+    process = how(
         [sys.executable, "train.py", *flags(values)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -409,9 +405,7 @@ def test_a_signal_to_the_whole_group_stops_the_run_alone(number: signal.Signals,
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / run_folder.CHECKPOINT).exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until((tmp_path / "run" / run_folder.CHECKPOINT).exists, process)
     os.killpg(process.pid, number)
     output, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number, error
@@ -505,7 +499,7 @@ def loading(folder: Path, **keys: Any) -> subprocess.Popen[str]:
     values |= {"limit-train": 120, "lr-schedule": "constant", "lr": 1e-3} | dashed(keys)
     line = [sys.executable, str(ROOT / "train.py"), *flags(values)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(line, cwd=ROOT, **pipes)  # type: ignore[call-overload]
+    return Forked(line, cwd=ROOT, **pipes)  # type: ignore[call-overload]
 
 
 def children(parent: int) -> list[int]:
@@ -518,9 +512,7 @@ def children(parent: int) -> list[int]:
 def test_a_killed_data_worker(tmp_path: Path) -> None:
     """As the system kills for lack of memory: one line, exit code 1, and the checkpoint serves."""
     process = loading(tmp_path)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / run_folder.CHECKPOINT).exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until((tmp_path / "run" / run_folder.CHECKPOINT).exists, process)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1, error

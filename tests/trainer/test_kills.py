@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +113,15 @@ def test_killed_at_random(keys: dict[str, Any], whole: Path, tmp_path: Path) -> 
 
 
 def workers_of(launcher: int) -> list[int]:
-    """Processes that torchrun has started."""
+    """Processes that torchrun has started and that run."""
     found = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
-        except OSError:
-            continue
-        alive = not fields["State"].startswith("Z")
-        if alive and int(fields["PPid"]) == launcher and "python" in fields["Name"]:
-            found.append(int(fields["Pid"]))
+    with suppress(OSError):  # of a process that has just ended
+        lists = [path.read_text().split() for path in Path(f"/proc/{launcher}/task").glob("*/children")]
+        for pid in itertools.chain(*lists):
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            if not fields["State"].startswith("Z") and "python" in fields["Name"]:
+                found.append(int(pid))
     return sorted(found)
 
 
@@ -146,7 +146,7 @@ def test_a_rank_is_killed_under_elastic_restart(tmp_path: Path) -> None:
             if len(workers) == 2 and not set(workers) & set(pair):
                 pair, found = workers, time_of(folder / "checkpoint.pt")
             elif workers == pair and killed < kills and time_of(folder / "checkpoint.pt") != found:
-                time.sleep(draw.uniform(0, 0.5))
+                time.sleep(draw.uniform(0, 0.1))
                 os.kill(draw.choice(pair), signal.SIGKILL)
                 killed += 1
                 found = time_of(folder / "checkpoint.pt")

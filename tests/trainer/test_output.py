@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 from paths import ROOT
-from runs import SMALL, dashed, flags, metrics, run
+from runs import SMALL, Forked, begin_as_a_program, dashed, flags, metrics, run, wait_until
 
+import train
 from at_fused import _terminal
 from at_fused.visualize.__main__ import main as visualize
 from trainer import checkpoint, distributed, reporting
@@ -137,10 +138,17 @@ def test_a_name_that_the_terminal_can_not_show(tmp_path: Path) -> None:
     assert r"results in" in done.stdout
     assert r"l\xe4ufe" in done.stdout
     assert (tmp_path / "läufe/summary.json").exists()
+
+
+def test_a_picture_whose_name_the_terminal_can_not_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "ascii"))
     words = ["--model", "wrn-10-1", "--dataset", "digits", "--out", str(tmp_path / "bild_ä.png")]
-    done = subprocess.run([sys.executable, "-m", "at_fused.visualize", *words], **options)
-    assert (done.returncode, done.stderr) == (0, "visualize: random weights: wrn-10-1\n")
-    assert r"bild_\xe4.png: 4 images" in done.stdout
+    assert visualize(words) == 0
+    assert capsys.readouterr().err == "visualize: random weights: wrn-10-1\n"
+    assert rb"bild_\xe4.png: 4 images" in content.getvalue()
     assert (tmp_path / "bild_ä.png").exists()
 
 
@@ -174,7 +182,7 @@ def test_an_epoch_is_saved_before_it_is_reported(tmp_path: Path, monkeypatch: py
 @pytest.mark.slow
 def test_a_terminal_that_closes(tmp_path: Path) -> None:
     """SIGHUP, and nobody reads any more: a checkpoint of that step is written."""
-    process = subprocess.Popen(
+    process = Forked(
         command(tmp_path / "run", epochs=10**6, checkpoint_every=1, lr=1e-3, lr_schedule="constant"),
         cwd=ROOT,
         env=ENVIRONMENT,
@@ -182,9 +190,7 @@ def test_a_terminal_that_closes(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run/checkpoint.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until((tmp_path / "run/checkpoint.pt").exists, process)
     assert process.stdout is not None
     process.stdout.close()
     process.send_signal(signal.SIGHUP)
@@ -265,9 +271,14 @@ def test_the_bar_of_a_terminal(tmp_path: Path) -> None:
 
     child, terminal = pty.fork()
     if child == 0:
-        os.environ |= {"COLUMNS": "80", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
-        os.chdir(ROOT)
-        os.execv(sys.executable, command(tmp_path / "run"))
+        os.environ |= {"COLUMNS": "80", "TERM": "xterm"}
+        code = 99
+        try:
+            begin_as_a_program(1, 2)
+            code = train.main(command(tmp_path / "run")[2:])
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
     output = b""
     while True:
         try:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,18 @@ import torch.nn.functional as F
 import yaml
 from paths import ROOT
 from PIL import Image
-from runs import SMALL, check_refusal, check_same, dashed, flags, metrics, run
+from runs import (
+    ENVIRONMENT,
+    SMALL,
+    Forked,
+    check_refusal,
+    check_same,
+    dashed,
+    flags,
+    metrics,
+    run,
+    wait_until,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
@@ -674,11 +684,10 @@ def test_command_line_exits() -> None:
 # --- stopping and resuming --------------------------------------------------------------------------
 
 
-def start(folder: Path, **keys: Any) -> subprocess.Popen[str]:
+def start(folder: Path, how: type[subprocess.Popen[str]] = Forked, **keys: Any) -> subprocess.Popen[str]:
     values = SMALL | dashed(keys) | {"output-dir": folder}
     command = [sys.executable, str(ROOT / "train.py"), *flags(values)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    return how(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
 
 
 def steps_done(folder: Path) -> int:
@@ -689,13 +698,12 @@ def steps_done(folder: Path) -> int:
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Until this process (not one before it) has written a checkpoint in mid-epoch, at `step` or later."""
     before = steps_done(folder)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+
+    def written() -> bool:
         done = steps_done(folder)
-        if done > before and done >= step and done % 4:
-            return
-        time.sleep(0.005)
-    raise AssertionError("the run ended, or never came to the point where it was to be stopped")
+        return done > before and done >= step and done % 4 != 0
+
+    wait_until(written, process)
 
 
 @pytest.mark.slow
@@ -705,7 +713,7 @@ def test_killed_run_resumes_bit_exactly(teacher: Path, tmp_path: Path) -> None:
     assert run(tmp_path / "whole", **keys | {"checkpoint_every": 0}) == 0
     folder = tmp_path / "killed"
     for step, number in ((6, signal.SIGKILL), (17, signal.SIGKILL), (25, signal.SIGTERM)):
-        process = start(folder, **keys)
+        process = start(folder, subprocess.Popen if number == signal.SIGTERM else Forked, **keys)
         wait_for_step(folder, step, process)
         process.send_signal(number)
         code = process.wait(60)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ import pytest
 import runs
 import safetensors.torch
 import torch
-from paths import ROOT
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import models
 from at_fused import _weights
+from at_fused.visualize.__main__ import main as visualize
 from models.importers import load_state
 
 State = dict[str, torch.Tensor]
@@ -210,51 +209,38 @@ def test_torchscript_is_refused(tmp_path: Path) -> None:
 # --- as a user meets them -----------------------------------------------------------------------------------
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env=runs.ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.mark.slow
 def test_train_takes_safetensors_and_lightnings(state: State, tmp_path: Path) -> None:
     safetensors.torch.save_file(state, tmp_path / "teacher.safetensors")
     torch.save({"state_dict": prefixed("model.", state), "best": np.float64(1)}, tmp_path / "student.ckpt")
-    keys = runs.SMALL | {
-        "method": "at",
-        "teacher": "wrn-10-1",
-        "teacher-checkpoint": tmp_path / "teacher.safetensors",
-        "pretrained": tmp_path / "student.ckpt",
-        "max-steps": 1,
-        "output-dir": tmp_path / "run",
-    }
-    done = command("train.py", *runs.flags(keys))
-    assert done.returncode == 0, done.stderr
+    teacher = {"teacher": "wrn-10-1", "teacher_checkpoint": tmp_path / "teacher.safetensors"}
+    keys = {"method": "at", "pretrained": tmp_path / "student.ckpt", "max_steps": 1}
+    assert runs.run(tmp_path / "run", **teacher, **keys) == 0
     assert (tmp_path / "run/model.pt").exists()
 
 
-@pytest.mark.slow
-def test_train_refuses_in_one_line(state: State, tmp_path: Path) -> None:
+def test_train_refuses_in_one_line(state: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"generator": state, "discriminator": state}, tmp_path / "gan.pt")
-    keys = runs.SMALL | {"pretrained": tmp_path / "gan.pt", "output-dir": tmp_path / "run"}
-    done = command("train.py", *runs.flags(keys))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "holds the weights of several models: generator, discriminator" in done.stderr
+    code = runs.run(tmp_path / "run", pretrained=tmp_path / "gan.pt")
+    runs.check_refusal(code, capsys, "holds the weights of several models: generator, discriminator")
     assert not (tmp_path / "run/model.pt").exists()
 
 
 @pytest.mark.slow
-def test_visualize_takes_safetensors_and_names_what_it_refuses(state: State, tmp_path: Path) -> None:
+def test_visualize_takes_safetensors_and_names_what_it_refuses(
+    state: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     safetensors.torch.save_file(prefixed("module.", state), tmp_path / "w.safetensors")
     torch.save({"epoch": 3, "optimizer": {}}, tmp_path / "w.pt")
-    words = ["-m", "at_fused.visualize", "--model", "wrn-10-1", "--dataset", "digits", "--indices", "0"]
-    out = tmp_path / "maps.png"
-    done = command(*words, "--checkpoint", tmp_path / "w.safetensors", "--out", out)
-    assert (done.returncode, out.exists()) == (0, True), done.stderr
-    bad = command(*words, "--checkpoint", tmp_path / "w.pt", "--out", tmp_path / "none.png")
-    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
-    assert "its keys are epoch, optimizer" in bad.stderr
+
+    def draw(weights: str, out: Path) -> int:
+        words = ["--model", "wrn-10-1", "--dataset", "digits", "--indices", "0"]
+        return visualize([*words, "--checkpoint", str(tmp_path / weights), "--out", str(out)])
+
+    assert draw("w.safetensors", tmp_path / "maps.png") == 0
+    assert (tmp_path / "maps.png").exists()
+    capsys.readouterr()
+    assert draw("w.pt", tmp_path / "none.png") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "its keys are epoch, optimizer" in error
