@@ -119,7 +119,8 @@ sanitize: $(READY) $(TOOLS) ## run the library's tests on a build with AddressSa
 		$(BIN)/pytest $(PARALLEL) worksteal -k "not reference" $(patsubst %,tests/library/test_attention_%.py,map loss)
 	@echo "[sanitize] CUDA kernels on the CPU"
 	@for kinds in address,undefined thread; do \
-		driver=$$($(BIN)/python tests/cuda_on_cpu/build.py attention_driver $$kinds) && "$$driver" || exit 1; done
+		(driver=$$($(BIN)/python tests/cuda_on_cpu/build.py attention_driver $$kinds) && "$$driver") & jobs="$$jobs $$!"; \
+	done; failed=0; for job in $$jobs; do wait $$job || failed=1; done; exit $$failed
 
 soak: $(READY) $(TOOLS) ## the property and stress tests at length: about half an hour
 	@AT_FUSED_EXAMPLES=20000 AT_FUSED_SOAK=10 $(BIN)/python -m pytest -q \

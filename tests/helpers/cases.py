@@ -113,6 +113,17 @@ LAYOUTS = [
 ]
 
 
+def with_dtypes(layouts: list[Callable[[Tensor], Tensor]]) -> list[tuple[torch.dtype, Callable]]:
+    """Pairs of a dtype and a layout. In Triton's slow interpreter each layout meets fp32, and each dtype the
+    first two layouts: a kernel converts what it has read in one place, and test_properties draws any pair."""
+    return [
+        (dtype, layout)
+        for dtype in DTYPES
+        for layout in layouts
+        if not INTERPRETED or dtype == torch.float32 or layout in layouts[:2]
+    ]
+
+
 def name_of(value: object) -> str:
     return getattr(value, "__name__", str(value).replace("torch.", ""))
 

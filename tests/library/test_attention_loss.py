@@ -51,8 +51,7 @@ def test_options(p: float, mapping: str, normalize: str | None, distance: dict, 
 
 
 @each_backend
-@pytest.mark.parametrize("layout", cases.LAYOUTS, ids=cases.name_of)
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.name_of)
+@pytest.mark.parametrize("dtype, layout", cases.with_dtypes(cases.LAYOUTS), ids=cases.name_of)
 @pytest.mark.parametrize("mapping", ["sum", "max"])
 def test_layouts(layout, dtype: torch.dtype, mapping: str, backend: str) -> None:
     """Gradients of half-precision features are checked at a loss scale, where fp16 can hold them."""

@@ -51,8 +51,7 @@ def test_options(p: float, mapping: str, normalize: str | None, backend: str) ->
 
 
 @each_backend
-@pytest.mark.parametrize("layout", cases.LAYOUTS, ids=cases.name_of)
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.name_of)
+@pytest.mark.parametrize("dtype, layout", cases.with_dtypes(cases.LAYOUTS), ids=cases.name_of)
 @pytest.mark.parametrize("mapping", ["sum", "max"])
 def test_layouts(layout, dtype: torch.dtype, mapping: str, backend: str) -> None:
     device = cases.device_of(backend)

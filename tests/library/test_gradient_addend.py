@@ -33,8 +33,7 @@ def skip_if_unsupported(backend: str, feats: list[Tensor], p: float, mapping: st
 
 
 @each_fused
-@pytest.mark.parametrize("layout", cases.DENSE, ids=cases.name_of)
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.name_of)
+@pytest.mark.parametrize("dtype, layout", cases.with_dtypes(cases.DENSE), ids=cases.name_of)
 @pytest.mark.parametrize("p, mapping", [(2, "sum"), (1, "sum"), (2.5, "sum"), (2, "max")])
 def test_sum_of_both_gradients(
     p: float, mapping: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor], backend: str

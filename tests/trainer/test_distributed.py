@@ -17,7 +17,6 @@ from runs import (
     command,
     flags,
     fork_ranks,
-    launch,
     make_folders,
     results,
     wait_until,
@@ -70,10 +69,10 @@ def test_compiled_ranks_train_the_same(trained: dict[str, Path], tmp_path: Path)
     keys |= {"pretrained": trained["wrn-10-1"], "channels_last": "true"}
     # Sizes of test_trainer's compiled run, so that the compiler's cache may serve both.
     keys |= {"limit_train": 64, "batch_size": 32, "limit_test": 32, "test_batch_size": 16}
-    for start, ranks, compiled in ((fork_ranks, 1, "false"), (launch, 2, "true")):
-        done = start(ranks, tmp_path / compiled, **keys, compile=compiled)
+    for ranks, compiled in ((1, "false"), (2, "true")):
+        done = fork_ranks(ranks, tmp_path / compiled, **keys, compile=compiled)
         assert done.returncode == 0, done.stderr
-    assert "FutureWarning" not in done.stderr  # of the launched ranks: a fork's go to pytest
+    assert "FutureWarning" not in done.stderr
     (lines, weights), (expected_lines, expected) = (results(tmp_path / name) for name in ("true", "false"))
     for name in expected:
         torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=1e-5)
