@@ -9,26 +9,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from at_fused.visualize.paths import user_path
 from reproduce.tables import TEACHER
+from trainer import charts
 from trainer.checkpoint import write_atomically
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-# A column of the tables has one colour in every picture; F²_sum is AT as Table 1 has it.
+# A column of the tables has the colour of its method; F²_sum is AT as Table 1 has it.
 COLOURS = {
-    "student": "tab:red",
-    "at": "tab:blue",
-    "f-sum2": "tab:blue",
-    "all": "tab:blue",
+    "student": charts.COLOURS["none"],
+    "at": charts.COLOURS["at"],
+    "f-sum2": charts.COLOURS["at"],
+    "all": charts.COLOURS["at"],
     "at-eq2": "deepskyblue",
     "at-code": "deepskyblue",
-    "hints": "tab:brown",
-    "kd": "tab:green",
-    "at-kd": "tab:purple",
+    "hints": charts.COLOURS["hints"],
+    "kd": charts.COLOURS["kd"],
+    "at-kd": charts.COLOURS["at+kd"],
     "at-kd-code": "violet",
     "f-sum": "tab:orange",
     "f-sum4": "tab:olive",
@@ -36,67 +34,53 @@ COLOURS = {
     "group1": "tab:orange",
     "group2": "tab:olive",
     "group3": "tab:pink",
-    "min-l2": "tab:orange",
-    "grad-at": "tab:cyan",
-    "symmetry": "tab:pink",
+    "min-l2": charts.COLOURS["min-l2"],
+    "grad-at": charts.COLOURS["grad-at"],
+    "symmetry": charts.COLOURS["symmetry"],
 }
-LONG = 8  # epochs from which the last quarter has a panel of its own
 
 
 def curves(result: dict[str, Any]) -> bytes:
-    """PNG of errors against the epoch, medians over seeds: test solid, training dashed.
+    """A PNG of errors against the epoch, medians over seeds: test solid, training dashed.
 
-    A line of panels per row of the table, the second of long runs being their last quarter. The teacher's
-    last test error is a dotted line. Errors are top-1 (the paper's Figure 7 (a) has the top-5 error).
+    Each row of the table has a line of panels, the second of long runs showing their last quarter. A dotted
+    line is the teacher's last test error. Errors are top-1 (the paper's Figure 7 (a) has the top-5 error).
     """
     from matplotlib.figure import Figure  # seconds to import: only those who plot pay
 
-    rows = list(dict.fromkeys(entry["row"] for entry in result["cells"] if entry["runs"]))
-    columns = 2 if max(entry["epochs"] for entry in result["cells"]) >= LONG else 1
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for entry in result["cells"]:
+        if entry["runs"]:
+            rows.setdefault(entry["row"], []).append(entry)
+    epochs = {
+        row: max(len(run["test_error"]) for entry in entries for run in entry["runs"])
+        for row, entries in rows.items()
+    }
+    columns = charts.panel_count(max(epochs.values()))
     figure = Figure(figsize=(1 + 5.5 * columns, 0.8 + 4.2 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), columns, squeeze=False)
-    for line, row in zip(panels, rows, strict=True):
-        entries = [entry for entry in result["cells"] if entry["row"] == row and entry["runs"]]
-        _draw(line[0], entries)
-        line[0].set_title(entries[0]["pair"])
+    for line, (row, entries) in zip(panels, rows.items(), strict=True):
+        for panel in charts.panels(line, epochs[row]):
+            _draw(panel, entries)
         legend = line[0].legend(fontsize=9, title="test error (dashed: training)", title_fontsize=9)
         legend.get_frame().set(edgecolor="none", alpha=0.9)  # curves pass behind it
-        if columns == 2:
-            _draw(line[1], entries, last_quarter=True)
-            line[1].set_title("the last quarter")
     figure.suptitle(f"{result['title']}\nschedule {result['schedule']}", fontsize=11)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     return image.getvalue()
 
 
-def _draw(axes: Axes, entries: Sequence[dict[str, Any]], last_quarter: bool = False) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    shown: list[float] = []  # the errors that must lie inside
+def _draw(panel: charts.Panel, entries: Sequence[dict[str, Any]]) -> None:
     for entry in entries:
         label = f"{entry['label']}: {entry['median_last']:.2f} %"
         if entry["column"].endswith(TEACHER):
-            axes.axhline(entry["median_last"], color="0.5", linestyle=":", label=label)
-            shown += [entry["median_last"]] * last_quarter
+            panel.level(entry["median_last"], color=charts.TEACHER, linestyle=":", label=label)
             continue
         colour = COLOURS.get(entry["column"], "black")
         test, train = (_medians(entry["runs"], key) for key in ("test_error", "train_error"))
-        first = 3 * len(test) // 4 if last_quarter else 0
-        epochs = range(first + 1, len(test) + 1)
-        axes.plot(epochs, test[first:], color=colour, linewidth=2, label=label)
-        axes.plot(epochs, train[first:], color=colour, linewidth=1, linestyle="--", alpha=0.8)
-        settled = max(first, len(test) // 4)
-        shown += test[settled:] + train[settled:]
-    if last_quarter and shown:
-        margin = 0.05 * (max(shown) - min(shown)) or 1
-        axes.set_ylim(min(shown) - margin, max(shown) + margin)
-    else:
-        axes.set_ylim(0, 1.1 * max(shown, default=0) or None)
-    axes.set(xlabel="epoch", ylabel="error, %")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+        panel.curve(test, color=colour, linewidth=2, label=label)
+        panel.curve(train, color=colour, linewidth=1, linestyle="--", alpha=0.8)
+    panel.finish(entries[0]["pair"])
 
 
 def _medians(runs: Sequence[dict[str, Any]], key: str) -> list[float]:

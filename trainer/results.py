@@ -12,11 +12,18 @@ from typing import Any
 
 from torch import nn
 
-from trainer import checkpoint, lock, run_folder
+from trainer import charts, checkpoint, lock, run_folder
 from trainer.checkpoint import write_atomically
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.state import Metrics, Progress
+
+# Parts of the training loss: their names and colours in curves.png.
+TERMS = {
+    "ce_loss": ("cross-entropy", "tab:red"),
+    "at_loss": ("transfer term", "tab:blue"),
+    "kd_loss": ("distillation", "tab:green"),
+}
 
 
 @contextmanager
@@ -49,8 +56,7 @@ def finish(
     checkpoint.save(folder / run_folder.MODEL, checkpoint.weights(student))
     if average is not None:
         checkpoint.save(folder / run_folder.EMA_MODEL, checkpoint.weights(average))
-    title = f"{config.student} on {config.dataset}, method {config.method}, seed {config.seed}"
-    write_curves(folder, history, title)
+    write_curves(folder, history, config)
     summary = {
         "last_test_error": last["test_error"],
         "best_test_error": min(metrics["test_error"] for metrics in history),
@@ -81,34 +87,34 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     write_atomically(folder / run_folder.SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
 
-def write_curves(folder: Path, history: list[Metrics], title: str) -> None:
+def write_curves(folder: Path, history: list[Metrics], config: Config) -> None:
     """curves.png: errors and losses against the epoch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2))
-    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.12, top=0.84, wspace=0.18)
+    columns = charts.panel_count(len(history))
+    figure = Figure(figsize=(5.5 + 5.5 * columns, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    error_axes, loss_axes = figure.subplots(1, 2)
-    epochs = [metrics["epoch"] for metrics in history]
-    last = history[-1]
-    for name, colour in (("test_error", "tab:red"), ("train_error", "tab:blue")):
-        label = f"{name.replace('_', ' ')} (last {last[name]:.2f} %)"
-        error_axes.plot(
-            epochs, [m[name] for m in history], color=colour, label=label, marker=".", markersize=4
-        )
-    error_axes.set(xlabel="epoch", ylabel="error, %", title="Error", ylim=(0, None))
-    terms = {"ce_loss": "cross-entropy", "at_loss": "transfer term", "kd_loss": "distillation"}
-    used = {name: label for name, label in terms.items() if any(m.get(name) for m in history)}
-    for name, label in ({"train_loss": "total"} | used if len(used) > 1 else used).items():
+    *error_axes, loss_axes = figure.subplots(1, columns + 1)
+    for panel in charts.panels(error_axes, len(history)):
+        for name, style in (("test_error", "-"), ("train_error", "--")):
+            errors = [metrics[name] for metrics in history]
+            label = f"{name.replace('_', ' ')} (last {errors[-1]:.2f} %)"
+            colour = charts.COLOURS.get(config.method, "black")
+            panel.curve(errors, color=colour, linestyle=style, label=label, marker=".", markersize=4)
+        panel.finish("Error")
+    used = {name: look for name, look in TERMS.items() if any(metrics.get(name) for metrics in history)}
+    for name, (label, colour) in (
+        {"train_loss": ("total", "black")} | used if len(used) > 1 else used
+    ).items():
         style = "-" if name == "train_loss" else "--"
-        loss_axes.plot(epochs, [m.get(name, nan) for m in history], label=label, linestyle=style)
-    loss_axes.set(xlabel="epoch", ylabel="loss", title="Training loss and its terms", ylim=(0, None))
-    for axes in (error_axes, loss_axes):
+        losses = [metrics.get(name, nan) for metrics in history]
+        loss_axes.plot(range(1, len(losses) + 1), losses, color=colour, linestyle=style, label=label)
+    loss_axes.set(ylabel="loss", title="Training loss and its terms", ylim=(0, None))
+    charts.count_epochs(loss_axes)
+    for axes in (error_axes[0], loss_axes):
         axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(f"{config.student} on {config.dataset}, method {config.method}, seed {config.seed}")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_atomically(folder / run_folder.CURVES, image.getvalue())

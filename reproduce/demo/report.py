@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import ScalarFormatter
 from rich.box import SIMPLE
 from rich.table import Table
 
 from at_fused.visualize import attention_grid
 from reproduce.answers import Answers, map_likeness, network_answers
-from trainer import data, run_folder
+from trainer import charts, data, run_folder
 from trainer.config import make_config
 from trainer.data import LabelledImages
 from trainer.data.in_memory import Split
@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROLES = {"teacher": "teacher", "student": "student alone", "student-at": "student with AT"}
-COLOURS = {"teacher": "tab:gray", "student": "tab:red", "student-at": "tab:blue"}
+COLOURS = {
+    "teacher": charts.TEACHER,
+    "student": charts.COLOURS["none"],
+    "student-at": charts.COLOURS["at"],
+}
 PICTURES = 5  # rows of attention_maps.png
 CPU = torch.device("cpu")
 
@@ -189,32 +193,38 @@ def terminal_table(lines: Sequence[Sequence[str]]) -> Table:
 
 def curves(runs: Sequence[Run]) -> Figure:
     """Test error against epoch: each seed thin, the median over seeds thick."""
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
     longest = max(len(run.metrics) for run in runs)
-    for recipe, group in by_recipe(runs).items():
-        colour = COLOURS[recipe]
-        errors = [[epoch["test_error"] for epoch in run.metrics] for run in group]
-        median = median_of(errors)
-        epochs = range(1, len(median) + 1)
-        if len(errors) > 1:
-            for each in errors:
-                axes.plot(epochs, each, linewidth=0.7, alpha=0.35, color=colour)
-        seeds = f", median of {len(errors)} seeds" if len(errors) > 1 else ""
-        axes.plot(
-            epochs, median, linewidth=2, label=f"{ROLES[recipe]}: {median[-1]:.2f} %{seeds}", color=colour
-        )
-        if len(median) < longest:  # where a shorter run ended, to compare with
-            axes.plot([len(median), longest], [median[-1]] * 2, linewidth=1, linestyle=":", color=colour)
-    axes.set(yscale="log", xlabel="epoch", ylabel="test error, %", title="Handwritten digits")
+    columns = charts.panel_count(longest)
+    figure = Figure(figsize=(2.5 + 5.5 * columns, 4.5), dpi=120, layout="constrained")
+    panels = charts.panels(figure.subplots(1, columns, squeeze=False)[0], longest)
+    for panel in panels:
+        for recipe, group in by_recipe(runs).items():
+            draw_runs(panel, recipe, group, longest)
+        panel.finish("Handwritten digits")
+        panel.axes.set_ylabel("test error, %")
+    axes = panels[0].axes
+    axes.set(yscale="log", ylabel="test error, % (logarithmic)")
+    axes.autoscale(axis="y")
     axes.set_yticks([1, 2, 5, 10, 20, 50, 100])
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.minorticks_off()
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, title="thin: each seed; dotted: the end of a shorter training")
     return figure
+
+
+def draw_runs(panel: charts.Panel, recipe: str, group: Sequence[Run], longest: int) -> None:
+    """The curves of one recipe."""
+    colour = COLOURS[recipe]
+    errors = [[epoch["test_error"] for epoch in run.metrics] for run in group]
+    median = median_of(errors)
+    if len(errors) > 1:
+        for each in errors:
+            panel.curve(each, linewidth=0.7, alpha=0.35, color=colour)
+    seeds = f", median of {len(errors)} seeds" if len(errors) > 1 else ""
+    label = f"{ROLES[recipe]}: {median[-1]:.2f} %{seeds}"
+    panel.curve(median, linewidth=2, label=label, color=colour)
+    if (rest := longest - len(median)) > 0:  # where a shorter run ended, to compare with
+        panel.curve([median[-1]] * (rest + 1), len(median), linewidth=1, linestyle=":", color=colour)
 
 
 # --- attention maps -----------------------------------------------------------------------------------

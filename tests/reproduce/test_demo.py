@@ -83,6 +83,21 @@ def test_curves_show_every_seed_and_the_median(runs: list[Run]) -> None:
     assert len(axes.lines) == (1 + 1) + 4 + 4  # the teacher's ends early: a dotted line leads on to the end
 
 
+def test_curves_of_long_runs_have_a_panel_of_the_last_quarter(runs: list[Run]) -> None:
+    """There the shorter training is a dotted line only."""
+    for run in runs:
+        errors = [40.0] * 8 if run.recipe == "teacher" else [30.0 - epoch for epoch in range(12)]
+        run.__dict__["metrics"] = [{"test_error": error} for error in errors]
+    whole, quarter = demo_report.curves(runs).axes
+    assert quarter.get_title() == "the last quarter"
+    dotted, *others = sorted(quarter.lines, key=lambda line: -line.get_ydata()[0])
+    assert dotted.get_linestyle() == ":"
+    assert list(dotted.get_ydata()) == [40.0] * 3
+    assert [list(line.get_ydata()) for line in others] == [[21.0, 20.0, 19.0]] * 8
+    assert {tuple(line.get_xdata()) for line in quarter.lines} == {(10, 11, 12)}
+    assert len(whole.lines) == (1 + 1) + 4 + 4
+
+
 def test_middle_is_the_median_run(runs: list[Run]) -> None:
     assert demo_report.middle(runs[1:4]).error == 20.0
     assert demo_report.middle(runs[1:3]).error == 10.0
