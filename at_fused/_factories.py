@@ -5,6 +5,7 @@ Every mistake is a ValueError of one line, in the user's code also those it rais
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -13,7 +14,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,8 @@ from torch import nn
 
 from ._selectors import close_names
 from .visualize.paths import user_path
+
+_code: dict[str, dict[str, str]] = {}  # of the modules at each place: digests of their files when imported
 
 
 def resolved(name: str) -> str:
@@ -34,8 +37,23 @@ def resolved(name: str) -> str:
 def build(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     """The model that the factory called `name` makes of a number of classes and its own options."""
     place, _, attribute = name.rpartition(":")
-    module = _of_file(os.path.abspath(user_path(place))) if place.endswith(".py") else _of_package(place)
-    factory = _attribute(module, attribute, place)
+    with _recorded(place):
+        module = _imported(place)
+        return _made(_attribute(module, attribute, place), place, attribute, num_classes, options)
+
+
+def code(name: str) -> dict[str, str]:
+    """The code that a model was built of by the factory called `name`: digests of files, by module.
+
+    They are the factory's own, first, and those imported for it from its folder or package, as they were
+    then. Empty for a model that no factory has made.
+    """
+    return dict(_code.get(name.rpartition(":")[0], {}))
+
+
+def _made(
+    factory: Callable[..., Any], place: str, attribute: str, num_classes: int, options: dict[str, Any]
+) -> nn.Module:
     arguments = {"num_classes": num_classes, **options}
     call = f"{attribute}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
     try:
@@ -55,6 +73,32 @@ def build(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     return model
 
 
+@contextlib.contextmanager
+def _recorded(place: str) -> Iterator[None]:
+    """Note the code at `place`, and what of its folder or package is imported meanwhile."""
+    before = set(sys.modules)
+    yield
+    own = _imported(place)
+    top = _file(sys.modules.get(own.__name__.partition(".")[0], own))
+    found = _code.setdefault(place, {})
+    for name in [own.__name__, *sys.modules.keys() - before]:
+        path = _file(sys.modules.get(name))
+        if path and name not in found and (name == own.__name__ or (top and _is_beside(top, path))):
+            with contextlib.suppress(OSError):
+                found[name] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _file(module: ModuleType | None) -> Path | None:
+    path = getattr(module, "__file__", None)
+    return Path(path) if path else None
+
+
+def _is_beside(own: Path, other: Path) -> bool:
+    """In its folder, but not within an environment that lies there."""
+    folder = own.parent
+    return other.is_relative_to(folder) and "site-packages" not in other.relative_to(folder).parts
+
+
 def told(error: BaseException, place: str = "") -> str:
     """An error of other code in a line: its kind, what it says, and where in the file `place`."""
     text = " ".join(str(error).split())[:300]
@@ -62,6 +106,10 @@ def told(error: BaseException, place: str = "") -> str:
     own = [frame for frame in frames if place and frame.filename.endswith(place)]
     where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {text}{where}"
+
+
+def _imported(place: str) -> ModuleType:
+    return _of_file(os.path.abspath(user_path(place))) if place.endswith(".py") else _of_package(place)
 
 
 @functools.cache

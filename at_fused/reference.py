@@ -174,13 +174,25 @@ def _nearest(maps: Tensor, size: tuple[int, ...]) -> Tensor:
 RESIZES = {"bilinear": _linear, "nearest": _nearest}
 
 
-def tokens_grid(count: int, like: Sequence[int]) -> tuple[int, int] | None:
-    """Rows and columns that `count` tokens fill in the proportions of the grid `like`, or None."""
+def tokens_grid(count: int, like: Sequence[int], *, rounded: bool = False) -> tuple[int, int] | None:
+    """Rows and columns that `count` tokens fill in the proportions of the grid `like`, or None.
+
+    `rounded`: to the nearest, as where an image's sides are not multiples of a patch's.
+    """
     height, width = like
     if 0 in (count, height, width):
         return None
     rows = int((count * height / width) ** 0.5 + 0.5)  # not math.isqrt: these may be symbols
-    return (rows, count // rows) if rows and rows * rows * width == count * height else None
+    if rounded:
+        fits = rows and count % rows == 0 and are_proportional((rows, count // rows), like)
+    else:
+        fits = rows and rows * rows * width == count * height
+    return (rows, count // rows) if fits else None
+
+
+def are_proportional(grid: Sequence[int], like: Sequence[int]) -> bool:
+    """Whether two grids have the same proportions, but for a row or a column of `grid`."""
+    return abs(grid[0] * like[1] - grid[1] * like[0]) < max(like)
 
 
 def of_one_rank(student: Sequence[int], teacher: Sequence[int]) -> tuple[Sequence[int], Sequence[int]] | None:

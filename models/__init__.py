@@ -13,7 +13,7 @@ from typing import Any
 
 from at_fused import _architectures
 from at_fused._architectures import Architecture, Pretrained
-from at_fused._factories import resolved
+from at_fused._factories import code, resolved
 from models.importers import load_pretrained
 from models.tapped import TappedModel, named_taps
 
@@ -24,6 +24,7 @@ __all__ = [
     "UnknownModel",
     "architecture",
     "available",
+    "code",
     "create",
     "load_pretrained",
     "named_taps",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,6 +141,23 @@ def check_identity(stored: dict[str, Any], identity: dict[str, Any], config: Con
             f"teacher-checkpoint {config.teacher_checkpoint} holds different weights from those this run "
             "began with"
         )
+
+
+def changed_code(stored: dict[str, Any], identity: dict[str, Any], config: Config) -> list[str]:
+    """A line for each network whose own code is no longer what a checkpoint's run was made of.
+
+    It may have changed in a comment alone, so the run goes on.
+    """
+    lines = []
+    for key, now in identity["code"].items():
+        then = stored.get("code", {}).get(key, {})  # earlier versions stored none
+        if changed := [name for name in now if then.get(name, now[name]) != now[name]]:
+            files = ", ".join(str(getattr(sys.modules.get(name), "__file__", name)) for name in changed)
+            lines.append(
+                f"warning: {key} {getattr(config, key)}: {files} changed since the checkpoint was written; "
+                "the run goes on with the code as it is now"
+            )
+    return lines
 
 
 def differences(old: dict[str, Any], new: Config, free: Iterable[str] = ()) -> dict[str, tuple[Any, Any]]:

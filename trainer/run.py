@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import models
 from trainer import build, checkpoint, data, distributed, loop, reporting, results, resume, run_folder
 from trainer.config import Config
 from trainer.data.workers import deaths_named
@@ -81,6 +82,7 @@ class Run:
         self.state = TrainState(self.learner, self.optimizer, self.scaler, ranks, self.meter.size, self.ema)
         if self.start.checkpoint is not None:
             resume.check_identity(self.start.checkpoint, self.identity, config)
+            self.notes += resume.changed_code(self.start.checkpoint, self.identity, config)
             self.state.restore(self.start.checkpoint)
             self.watch.last_saved = f"{self.start.path} (step {self.state.progress.step})"
         self.progress, self.sums = self.state.progress, self.state.sums
@@ -113,11 +115,15 @@ class Run:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the run has begun with, besides its configuration: data set and teacher's weights.
+        """What the run was made of, besides its configuration: data set, teacher's weights, users' code.
 
         Found when rank 0 saves or any rank resumes: it reads every path.
         """
-        return {"data": self.dataset.identity(), "teacher": self.teacher and self.teacher.digest}
+        return {
+            "data": self.dataset.identity(),
+            "teacher": self.teacher and self.teacher.digest,
+            "code": {key: models.code(getattr(self.config, key) or "") for key in ("student", "teacher")},
+        }
 
     def train(self) -> int:
         """Train to the last step, unless that is done; returns the process's exit code."""

@@ -139,6 +139,8 @@ def test_grids_of_other_images() -> None:
     assert find_grid((2, 64, 7, 5), (2, 3, 224, 160)) == Grid(1, 7, 5)
     assert find_grid((2, 13, 10, 64), (2, 3, 100, 75)) == Grid(-1, 13, 10)
     assert find_grid((2, 141, 64), (2, 3, 224, 160)) == Grid(-1, 14, 10, 1)
+    assert find_grid((2, 8, 64), (2, 3, 64, 96)) == Grid(-1, 2, 3, 2)  # not 2 x 4, which is near
+    assert find_grid((2, 345, 64), (2, 3, 60, 90)) == Grid(-1, 15, 23)
 
 
 def test_pairs_of_equal_size() -> None:

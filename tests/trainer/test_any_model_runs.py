@@ -114,9 +114,10 @@ def at_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def test_the_same_weights_as_a_loop_by_hand(
     student: dict[str, str], pairs: list[tuple[str, str, float]], keys: dict[str, Any], tmp_path: Path
 ) -> None:
-    """8 steps in fp64: maps of two sizes, weights, tokens against a grid."""
+    """20 steps in fp64: maps of two sizes, weights, tokens against a grid."""
     if "timm" in student["student"]:
         pytest.importorskip("timm")
+    keys = keys | {"epochs": 5}
     config = make_config(
         SMALL | dashed(keys | student) | {"precision": "fp64", "output-dir": tmp_path / "run"}
     )
@@ -132,7 +133,7 @@ def test_the_same_weights_as_a_loop_by_hand(
         images = data.load(config, torch.device("cpu"))
         start = {name: value.clone() for name, value in model.state_dict().items()}
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-        for epoch in range(2):
+        for epoch in range(5):
             parts = [slice(i, i + 6) for i in range(0, 24, 6)]
             for x, y in images.training_batches(0, epoch, parts):
                 teachers = outputs(guide, [t for _, t, _ in pairs], x)[1]
@@ -181,6 +182,31 @@ def test_a_killed_run_goes_on_from_another_folder(
     monkeypatch.chdir(tmp_path)
     assert run(tmp_path / "run", **keys | {"student": f"{os.path.relpath(code)}:small"}) == 0
     check_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_code_that_changed_in_between(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line names the files, also those that the factory's imports; a cache of such a teacher is refused."""
+    net, blocks = tmp_path / "net_of_a_test.py", tmp_path / "blocks_of_a_test.py"
+    net.write_text(f"import {blocks.stem}\n{NET}")
+    blocks.write_text("WIDTH = 8\n")
+    name, weights, cache = f"{net}:small", tmp_path / "teacher.pt", tmp_path / "cache"
+    alone = {"student": name, "limit_train": 64, "max_steps": 1}
+    taught = {"student": "wrn-10-1", "limit_train": 64, "epochs": 1, "method": "kd", "teacher": name}
+    taught |= {"teacher_checkpoint": weights, "augment_cycle": 1, "teacher_cache": cache}
+
+    def first() -> int:
+        torch.save(models.architecture(name).create(10).state_dict(), weights)
+        return run(tmp_path / "alone", **alone) or run(tmp_path / "taught", **taught)
+
+    assert code_of(in_a_child(first)) == 0
+    blocks.write_text("WIDTH = 8  # as published\n")
+    net.write_text(f"{net.read_text()}\n")
+    assert run(tmp_path / "alone", **alone | {"max_steps": 2}) == 0
+    told = f"warning: student {name}: {net}, {blocks} changed since the checkpoint was written; "
+    assert told in capsys.readouterr().out
+    refused(taught, tmp_path, capsys, f"{cache} was made for something else: other teacher's code; ")
+    assert run(tmp_path / "alone", **alone | {"max_steps": 3}) == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_two_ranks_train_the_same(small_keys: dict[str, Any], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import models
 from trainer.config import Config
 from trainer.data import LabelledImages
 from trainer.distributed import Ranks
@@ -191,6 +192,7 @@ class TeacherCache:
         return {
             "format": FORMAT,
             "teacher's weights": teacher.digest,
+            "teacher's code": next(iter(models.code(self.config.teacher or "").values()), None),
             "training images": self.dataset.training_digest(),
             **{key: values[key] for key in KEYS},
             "logits": self.layout.logits,

@@ -142,7 +142,7 @@ def check(folder: Path, header: dict[str, Any], shape: Shape) -> bool:
         raise ConfigError(f"{where}: its {HEADER} is damaged; name a new folder")
     if differing := [key for key in {**header, **stored} if stored.get(key) != header.get(key)]:
         told = ", ".join(_difference(key, stored.get(key), header.get(key)) for key in differing)
-        raise ConfigError(f"{where} was made for something else: {told}; name a new folder")
+        raise ConfigError(f"{where} was made for something else: {told}; name a new folder or remove it")
     if length != _length(shape):
         raise ConfigError(
             f"{where}: its {RECORDS} has {length:,} of {_length(shape):,} bytes; name a new folder"
@@ -197,4 +197,4 @@ def _text(header: dict[str, Any]) -> str:
 
 
 def _difference(key: str, stored: Any, now: Any) -> str:
-    return f"other {key}" if key.endswith(("weights", "images")) else f"{key} {stored}, now {now}"
+    return f"other {key}" if key.endswith(("weights", "code", "images")) else f"{key} {stored}, now {now}"
