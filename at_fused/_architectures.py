@@ -207,7 +207,7 @@ def _of_factory(name: str) -> Architecture:
         return _factories.build(name, 1000 if classes is None else classes, options)
 
     def pretrained(classes: int | None, **options: Any) -> Pretrained:
-        raise ValueError("a factory of your own publishes none; name a file")
+        raise ValueError("a factory of your own publishes none")
 
     return Architecture(name, create, pretrained)
 

@@ -37,6 +37,8 @@ def resolved(name: str) -> str:
 def build(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     """The model that the factory called `name` makes of a number of classes and its own options."""
     place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise ValueError("a factory is named package.module:factory or path/to/file.py:factory")
     with _recorded(place):
         module = _imported(place)
         return _made(_attribute(module, attribute, place), place, attribute, num_classes, options)

@@ -114,7 +114,8 @@ def attention_loss(
         masks: which positions count: per pair a bool tensor (B, *spatial) of the student's sizes, or None
             for all. Both maps become Q * mask before they are normalised, "mse" is the mean over the
             positions of each sample that count, and a sample without any contributes 0: a padded sample
-            has the loss, and the gradient, of the cropped one. The teacher's map is resized before.
+            has the loss, and the gradient, of the cropped one. The teacher's map is resized before. Values
+            that do not count must be finite, too: the gradient at NaN or infinity is 0 times that, NaN.
         backend: "auto", or one of `available_backends()`.
 
     Returns:

@@ -115,6 +115,8 @@ def create(name: str, num_classes: int = 10, **options: Any) -> TappedModel:
     for _, pattern, build in _FAMILIES:
         if match := re.fullmatch(pattern, name):
             return build(match, num_classes, **options)
+    if name.endswith(".py"):
+        raise UnknownModel(f"{name!r} names no function of that file that makes a model: {name}:FUNCTION")
     raise UnknownModel(
         f"unknown model {name!r}; there are: {', '.join(available())}; by train.py also "
         f"{_architectures.ELSEWHERE}"

@@ -40,7 +40,7 @@ class Pair(BaseModel):
     teacher: str | None = None  # unset: of the same name
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     channel_dim: int | None = None  # unset: found from the shape
-    teacher_channel_dim: int | None = None
+    teacher_channel_dim: int | None = None  # unset: found, or channel_dim where that does not tell
 
 
 Taps = str | dict[str, str] | list[str | Pair]
@@ -137,10 +137,7 @@ def compared(config: Config, student: nn.Module, teacher: nn.Module, example: Te
         [pair.teacher or pair.student for pair in pairs],
         [pair.weight for pair in pairs],
         [pair.channel_dim for pair in pairs],
-        [
-            pair.channel_dim if pair.teacher_channel_dim is None else pair.teacher_channel_dim
-            for pair in pairs
-        ],
+        [pair.teacher_channel_dim for pair in pairs],
     )
 
 

@@ -277,6 +277,18 @@ def test_pairs_that_cannot_be_compared(
         refused(mobile | {"taps": taps}, tmp_path, capsys, *words)
 
 
+def test_where_the_channels_are(
+    keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found for each network; of tokens that fill no grid it has to be said, for the student alone."""
+    pytest.importorskip("timm")
+    tokens = "{student: 'blocks.1[:, 1:]', teacher: layer3, channel-dim: -1}"
+    assert run(tmp_path / "run", **keys | VIT | {"taps": f"[{tokens}]", "max_steps": 1, "epochs": 1}) == 0
+    assert "AT blocks.1[:, 1:] 16x64 <- layer3 256x4x4: " in capsys.readouterr().out
+    odd = keys | VIT | {"taps": '{"blocks.1[:, 3:]": layer3}'}
+    refused(odd, tmp_path, capsys, "blocks.1[:, 3:] of student is (B, 62, 16)", "channel-dim: DIM")
+
+
 def test_hints_of_pairs(keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tokens, and a pair's weight, which the losses by tap show."""
     pytest.importorskip("timm")

@@ -34,8 +34,14 @@ class ComparesFeatures(Method):
         self.names, self.t_names, self.weights = found.names, found.t_names, found.weights
         students = _features("student", student, self.names, config, example)
         teachers = _features("teacher", self.teacher, self.t_names, config, example)
-        self.dims = _channel_dims("student", self.names, found.dims, students, example)
-        self.t_dims = _channel_dims("teacher", self.t_names, found.t_dims, teachers, example)
+        self.dims, self.t_dims = [], []
+        for name, t_name, s, t, dim, t_dim in zip(
+            self.names, self.t_names, students, teachers, found.dims, found.t_dims, strict=True
+        ):
+            if t_dim is None and s.ndim == t.ndim == 3:  # neither shape tells for sure
+                t_dim = dim
+            self.dims.append(_channel_dim("student", name, s, dim, None, example))
+            self.t_dims.append(_channel_dim("teacher", t_name, t, t_dim, dim, example))
         self.shapes = [
             (_channels_first(s.shape[1:], s_dim), _channels_first(t.shape[1:], t_dim))
             for s, t, s_dim, t_dim in zip(students, teachers, self.dims, self.t_dims, strict=True)
@@ -64,27 +70,27 @@ def _features(
         ) from None
 
 
-def _channel_dims(
-    key: str, names: Sequence[str], given: Sequence[int | None], features: Sequence[Tensor], image: Tensor
-) -> list[int]:
-    """Those given, else found: the last of tokens and of (B, h, w, C), as images of this size have them.
+def _channel_dim(
+    key: str, name: str, feature: Tensor, given: int | None, otherwise: int | None, image: Tensor
+) -> int:
+    """That given, else found: the last of tokens and of (B, h, w, C), as images of this size have them.
 
     Raises:
         ConfigError: a feature of three dimensions whose second does not count tokens of the images.
     """
-    dims = []
-    for name, dim, feature in zip(names, given, features, strict=True):
-        grid = find_grid(feature.shape, image.shape)
-        if dim is None and grid is None and feature.ndim == 3:
-            shape = f"(B, {', '.join(map(str, feature.shape[1:]))})"
-            option = "channel-dim" if key == "student" else "teacher-channel-dim"
-            raise ConfigError(
-                f"taps: {name} of {key} is {shape}, and {feature.shape[1]} tokens fill no grid like the "
-                f"images': write pairs {{student: NAME, teacher: NAME, {option}: DIM}}, where DIM is -1 for "
-                "(B, tokens, channels) and 1 for (B, channels, positions)"
-            )
-        dims.append(dim if dim is not None else grid.channel_dim if grid else 1)
-    return dims
+    if given is not None:
+        return given
+    if grid := find_grid(feature.shape, image.shape):
+        return grid.channel_dim
+    if otherwise is None and feature.ndim == 3:
+        shape = f"(B, {', '.join(map(str, feature.shape[1:]))})"
+        option = "channel-dim" if key == "student" else "teacher-channel-dim"
+        raise ConfigError(
+            f"taps: {name} of {key} is {shape}, and {feature.shape[1]} tokens fill no grid like the images': "
+            f"write pairs {{student: NAME, teacher: NAME, {option}: DIM}}, where DIM is -1 for "
+            "(B, tokens, channels) and 1 for (B, channels, positions)"
+        )
+    return 1 if otherwise is None else otherwise
 
 
 def _channels_first(shape: torch.Size, dim: int) -> torch.Size:
