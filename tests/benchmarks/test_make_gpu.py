@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import pytest
 import torch
+from runs import wait_until
 
 from benchmarks import __main__ as run
 from benchmarks import gpu, report
@@ -280,9 +281,7 @@ def test_after_a_real_kill_cells_are_there(tmp_path: Path) -> None:
         with tarfile.open(archive) as opened:
             return opened.getnames()
 
-    end = time.monotonic() + 60
-    while "cell" not in names() and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_until(lambda: "cell" in names(), process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     survivor = Record(tmp_path / "survivor", "sources", archive)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 import truth
 from torch import Tensor
 
@@ -28,6 +29,12 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 def device_of(backend: str) -> str:
     """GPU backends run on the GPU; Triton without one runs interpreted, on the CPU."""
     return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+def in_ranks(ranks: int, work: Callable[..., None], *arguments: object) -> None:
+    """Run `work(rank, *arguments)` in a process per rank: forks, which need no imports, where they work."""
+    method = "spawn" if torch.cuda.is_available() else "fork"  # autograd's threads, on a GPU
+    torch.multiprocessing.start_processes(work, arguments, nprocs=ranks, start_method=method)
 
 
 # --- layouts: same logical shape (B, C, *spatial), other strides ----------------------------------

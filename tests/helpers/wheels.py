@@ -17,8 +17,12 @@ STUB = 'extern "C" __attribute__((visibility("default"))) int answer() { return 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
+    return make_tree(tmp_path)
+
+
+def make_tree(folder: Path) -> Path:
     """A clean copy of what the build reads, with a C++ source that compiles in a moment."""
-    copy = tmp_path / "tree"
+    copy = folder / "tree"
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -33,8 +37,12 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick_compiler(tmp_path: Path) -> str:
+    return make_quick_compiler(tmp_path)
+
+
+def make_quick_compiler(folder: Path) -> str:
     """For builds of which it does not matter how fast their kernels are."""
-    script = tmp_path / "c++"
+    script = folder / "c++"
     script.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
     script.chmod(0o755)
     return str(script)

@@ -8,7 +8,6 @@ import cases
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from cases import each_backend
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -75,12 +74,12 @@ def train(rank: int, options: dict) -> dict:
 
 @pytest.mark.slow
 def test_gradient_is_that_of_the_global_batch(tmp_path: Path) -> None:
-    """Every kind of loss in one pair of processes, which take longer to start than to run."""
+    """Every kind of loss in one pair of processes."""
     backends = [name for name in cases.BACKENDS if cases.device_of(name) == "cpu"]
     variants = [
         {**options, "backend": name} for name in backends for options in ({}, {"distance": "norm", "p": 1})
     ]
-    mp.spawn(rank_main, (str(tmp_path), variants), nprocs=RANKS)
+    cases.in_ranks(RANKS, rank_main, str(tmp_path), variants)
     for rank in range(RANKS):
         for options, got in zip(
             variants, torch.load(tmp_path / f"{rank}.pt", weights_only=True), strict=True

@@ -6,10 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from test_ddp_loss import BETA, RANKS, Student, batch, models
 from torch import Tensor, nn
@@ -85,8 +85,8 @@ def rank_main(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_gradient_is_that_of_one_process(tmp_path: Path) -> None:
-    """Every way in one pair of processes, which take longer to start than to run."""
-    mp.spawn(rank_main, (str(tmp_path),), nprocs=RANKS)
+    """Every way in one pair of processes."""
+    cases.in_ranks(RANKS, rank_main, str(tmp_path))
     student, teacher = models()
     with at_fused.AttentionTransfer(student, teacher, NAMES, beta=BETA) as transfer:
         step(student, teacher, transfer, *batch()).backward()

@@ -11,13 +11,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import sass
 import torch
 from cases import LAYOUTS, name_of
 from paths import ROOT
-from wheels import build_wheel, lines_about_us, packaged
+from wheels import build_wheel, lines_about_us, make_quick_compiler, make_tree, packaged
 
 from at_fused.backends import cuda
 from benchmarks.issue import INSTRUCTIONS
@@ -72,9 +73,41 @@ def test_local_memory_is_noticed(tmp_path: Path) -> None:
     assert list(registers(log)) == ["_Z6kernelPfi sm_90"]
 
 
+class Library(NamedTuple):
+    """What pip and nvcc say of a build, the wheel, where it was built, and what nvcc had in between."""
+
+    log: str
+    wheel: Path
+    tree: Path
+    kept: Path
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """The whole library through setup.py, against whatever torch is here."""
+    folder = tmp_path_factory.mktemp("hopper")
+    tree, kept = make_tree(folder), folder / "kept"
+    kept.mkdir()
+    shutil.copytree(SOURCES, tree / "csrc" / "cuda")
+    flags = {"NVCC_APPEND_FLAGS": f"-Xptxas=-v -keep -keep-dir={kept}", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    flags |= {"AT_FUSED_CUDA": "1", "AT_FUSED_REQUIRE_EXTENSION": "1", "MAX_JOBS": "2"}
+    result, wheel = build_wheel(tree, CXX=make_quick_compiler(folder), **flags)
+    assert wheel is not None, result.stdout[-3000:]
+    return Library(result.stdout, wheel, tree, kept)
+
+
+def about(power: str, log: str) -> str:
+    """What ptxas says of the kernels for this power."""
+    parts = re.split("(?=Compiling entry function)", log)[1:]
+    return "".join(part for part in parts if f"{len(power)}{power}E" in part.splitlines()[0])
+
+
 @pytest.fixture(scope="module", params=["sm_80", "sm_90a", "sm_100"])
 def power2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
     """What ptxas says of the kernels for p = 2 on an architecture, their machine code, and its name."""
+    if request.param == "sm_90a":
+        library = request.getfixturevalue("hopper")
+        return about("Power2", library.log), library.kept / "power2.cubin", request.param
     cubin = tmp_path_factory.mktemp(request.param) / "power2.cubin"
     log = nvcc(SOURCES / "power2.cu", f"-arch={request.param}", "-Xptxas=-v", "-cubin", "-o", str(cubin))
     return log, cubin, request.param
@@ -128,10 +161,9 @@ def test_instructions_are_within_their_budget(power2: tuple[str, Path, str]) -> 
 
 @needs_nvcc
 @pytest.mark.slow
-def test_accesses_are_16_bytes_wide_and_sums_ordered(tmp_path: Path) -> None:
-    ptx = tmp_path / "power2.ptx"
-    nvcc(SOURCES / "power2.cu", "-arch=compute_90", "-ptx", "-o", str(ptx))
-    bodies = re.split(r"^\.visible \.entry ", ptx.read_text(), flags=re.MULTILINE)[1:]
+def test_accesses_are_16_bytes_wide_and_sums_ordered(hopper: Library) -> None:
+    ptx = (hopper.kept / "power2.ptx").read_text()
+    bodies = re.split(r"^\.visible \.entry ", ptx, flags=re.MULTILINE)[1:]
     kernels = {re.match(r"\w+", body)[0]: body for body in bodies}  # type: ignore[index]
     assert len(kernels) == 5  # maps, loss in two passes and in one, gradient without and with an addend
     wide = {"ld.global": r"ld\.global[.\w]*\.v4\.[bfu]32", "st.global": r"st\.global[.\w]*\.v4\.[bfu]32"}
@@ -154,19 +186,14 @@ def test_accesses_are_16_bytes_wide_and_sums_ordered(tmp_path: Path) -> None:
 
 @needs_nvcc
 @pytest.mark.slow
-def test_library_builds_for_hopper_without_spills(tree: Path, quick_compiler: str) -> None:
-    """The whole library through setup.py, against whatever torch is here."""
-    shutil.copytree(SOURCES, tree / "csrc" / "cuda")
-    flags = {"NVCC_APPEND_FLAGS": "-Xptxas=-v", "TORCH_CUDA_ARCH_LIST": "9.0a", "MAX_JOBS": "2"}
-    flags |= {"AT_FUSED_CUDA": "1", "AT_FUSED_REQUIRE_EXTENSION": "1", "CXX": quick_compiler}
-    result, wheel = build_wheel(tree, **flags)
-    assert wheel is not None, result.stdout[-3000:]
+def test_library_builds_for_hopper_without_spills(hopper: Library) -> None:
+    log, wheel, tree, _ = hopper
     assert {"at_fused/_cpu.so", "at_fused/_cuda.so"} <= packaged(wheel)
-    assert "arch=compute_90a,code=sm_90a" in result.stdout
-    assert "arch=compute_80" not in result.stdout
+    assert "arch=compute_90a,code=sm_90a" in log
+    assert "arch=compute_80" not in log
 
-    assert wasteful(result.stdout) == []
-    used = registers(result.stdout)
+    assert wasteful(log) == []
+    used = registers(log)
     names = {f"{kernel} {power}" for kernel in KERNELS for power in POWERS}
     assert {f"{kernel} {power}" for kernel in KERNELS for power in POWERS for key in used
             if kernel in key and f"{len(power)}{power}E" in key} == names  # fmt: skip

@@ -150,19 +150,25 @@ def test_a_failing_training_ends_the_demo_with_its_last_line(
     assert message.count("\n") == 1
 
 
-def test_shows_how_far_the_trainings_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shows_how_far_the_trainings_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if len(said) == 3:
+            (tmp_path / "enough").touch()
+
+    monkeypatch.setattr(demo, "say", say)
     monkeypatch.setattr(demo, "PROGRESS_SECONDS", 0.01)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
     (tmp_path / "teacher.log").write_text("wrn\nepoch 1/24  test error\nepoch 2/24  test error\nstep 9/40\n")
-    lasts = {"teacher": "sleep 0.3; exit 1", "student": "exec sleep 60"}
+    teacher = f"until [ -e {tmp_path}/enough ]; do sleep 0.05; done; exit 1"
+    lasts = {"teacher": teacher, "student": "exec sleep 60"}
     monkeypatch.setattr(
         demo.Training, "start", lambda self: subprocess.Popen(["sh", "-c", lasts[self.recipe]])
     )
     with pytest.raises(demo.DemoError, match="stopped with code 1: step 9/40"):
         demo.train_all(tmp_path, 1, 2, [])
-    said = capsys.readouterr().out.splitlines()
     assert len(said) > 2
     assert all(re.fullmatch(r" +\d+ s: teacher epoch 2/24, student-0 starts", line) for line in said[:2])
 
