@@ -7,20 +7,21 @@ torch.library.register_autograd. Functions take their tensors flat, since apply(
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, reference
+from ._outputs import Outputs, empty_gradients, empty_loss, empty_maps
 from ._schemas import (
     attention_loss,
-    attention_loss_forward,
     attention_maps,
     attention_maps_backward,
     below_autograd,
     dispatched,
+    fill_loss,
     library,
 )
 
@@ -33,15 +34,21 @@ def _requires_grad(*groups: Sequence[Tensor]) -> bool:
 
 def _save_for_backward(ctx: Any, *tensors: Tensor) -> None:
     """Inference tensors, such as a teacher's features, can't be saved: they are held as they are."""
-    ctx.held = [tensor if tensor.is_inference() else None for tensor in tensors]
-    pairs = zip(tensors, ctx.held, strict=True)
-    ctx.save_for_backward(*(tensor if held is None else None for tensor, held in pairs))
+    ctx.held = None
+    if any(tensor.is_inference() for tensor in tensors):
+        ctx.held = [tensor if tensor.is_inference() else None for tensor in tensors]
+        pairs = zip(tensors, ctx.held, strict=True)
+        ctx.save_for_backward(*(tensor if held is None else None for tensor, held in pairs))
+    else:
+        ctx.save_for_backward(*tensors)
 
 
 def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
     """Read once: each read unpacks, which checkpointing allows only once."""
-    pairs = zip(ctx.saved_tensors, ctx.held, strict=True)
-    return tuple(tensor if held is None else held for tensor, held in pairs)
+    saved: tuple[Tensor, ...] = ctx.saved_tensors
+    if ctx.held is None:
+        return saved
+    return tuple(tensor if held is None else held for tensor, held in zip(saved, ctx.held, strict=True))
 
 
 class _Maps(torch.autograd.Function):
@@ -59,7 +66,7 @@ class _Maps(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(feats)
         if wanted:
             wanted_feats, wanted_maps = [feats[i] for i in wanted], [grad_maps[i] for i in wanted]
-            computed = _gradients(wanted_feats, wanted_maps, None, *ctx.options)
+            computed = _gradients(wanted_feats, wanted_maps, *ctx.options)
             for i, grad in zip(wanted, computed, strict=True):
                 grads[i] = grad
         return None, None, None, *grads
@@ -121,7 +128,7 @@ class _Tapped(torch.autograd.Function):
         feat = feat.movedim(dim, 1)
         addend = None if grad is None else grad.movedim(dim, 1)
         if addend is None or not _can_be_added(addend, feat):
-            (at_feat,) = _gradients([feat], [grad_map], None, *ctx.options)
+            (at_feat,) = _gradients([feat], [grad_map], *ctx.options)
             at_feat = at_feat if addend is None else at_feat + addend
         else:
             (at_feat,) = _call(attention_maps_backward, [feat], [grad_map], None, *ctx.options, [addend])
@@ -173,44 +180,54 @@ def fused_loss(
     return loss
 
 
+class _LossOptions(NamedTuple):
+    weights: list[float]
+    p: float
+    mapping: str
+    eps: float
+    reduce: bool
+    backend: str
+
+
 class _Loss(torch.autograd.Function):
+    """`feats` are the students' features, then the teachers'."""
+
     @staticmethod
-    def forward(
-        ctx: Any, weights: list[float], options: tuple[Any, ...], backend: str, *feats: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, options: _LossOptions, *feats: Tensor) -> Tensor:
+        weights, p, mapping, eps, reduce, backend = options
         count = len(weights)
-        p, _, _, reduce = options
-        student_needs, teacher_needs = ctx.needs_input_grad[3 : 3 + count], ctx.needs_input_grad[3 + count :]
-        ahead = (
+        students, teachers = list(feats[:count]), list(feats[count:])
+        student_needs, teacher_needs = ctx.needs_input_grad[1 : 1 + count], ctx.needs_input_grad[1 + count :]
+        early = (
             reduce
             and all(student_needs)
             and not any(teacher_needs)
-            and backends.named(backend).single_pass()
+            and backends.gives_early_gradients(backend)
             and all(type(feat) is Tensor for feat in feats)  # tracing can't look at the upstream gradient
-            and backends.named(backend).ahead(feats[:count], feats[count:], p)
+            and backends.named(backend).early_gradients_pay(students, teachers, p)
         )
-        wanted = (any(student_needs), any(teacher_needs), ahead)
-        pairs = (list(feats[:count]), list(feats[count:]))
-        loss, slopes, grads = below_autograd(
-            attention_loss_forward, *pairs, weights, *options, *wanted, backend
+        outputs = Outputs(
+            loss=empty_loss(students, teachers, reduce),
+            student_slopes=empty_maps(students) if any(student_needs) else [],
+            teacher_slopes=empty_maps(teachers) if any(teacher_needs) else [],
+            grads=empty_gradients(students) if early else [],
         )
-        ctx.weights, ctx.options, ctx.backend = weights, options, backend
-        ctx.first_slope = 0 if any(student_needs) else count
-        ctx.ready = grads if ahead else None
-        _save_for_backward(ctx, *feats, *slopes)
+        below_autograd(fill_loss, students, teachers, weights, p, mapping, eps, backend, *outputs)
+        ctx.options, ctx.early_gradients = options, outputs.grads or None
+        ctx.student_slopes = len(outputs.student_slopes)
+        _save_for_backward(ctx, *feats, *outputs.student_slopes, *outputs.teacher_slopes)
         ctx.set_materialize_grads(False)
-        return loss
+        return outputs.loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        count = len(ctx.weights)
-        p, mapping, eps, reduce = ctx.options
+        weights, p, mapping, eps, reduce, backend = ctx.options
+        count = len(weights)
+        needed = ctx.needs_input_grad[1:]
+        if grad is None:
+            return None, *[None] * (2 * count)
         saved = _saved_tensors(ctx)
         feats, slopes = saved[: 2 * count], saved[2 * count :]
-        needed = ctx.needs_input_grad[3:]
-        grads: list[Tensor | None] = [None] * (2 * count)
-        if grad is None:
-            return None, None, None, *grads
 
         if torch.is_grad_enabled() or not backends.is_plain(grad):
             # create_graph=True: the slopes' own derivatives are needed too. Or is_grads_batched=True.
@@ -220,37 +237,38 @@ class _Loss(torch.autograd.Function):
                 reduction = "sum" if reduce else "none"
                 return [
                     reference.attention_loss(
-                        students, teachers, ctx.weights, p, mapping, eps=eps, reduction=reduction
+                        students, teachers, weights, p, mapping, eps=eps, reduction=reduction
                     )
                 ]
 
-            return None, None, None, *_recomputed_gradients(recompute, feats, needed, (grad,))
+            return None, *_recomputed_gradients(recompute, feats, needed, (grad,))
 
-        if reduce and type(grad) is Tensor and backends.named(ctx.backend).single_pass():
+        if reduce and type(grad) is Tensor and backends.gives_early_gradients(backend):
             # Handed out once, and without a second reference, so that autograd need not copy them.
-            ready, ctx.ready = ctx.ready, None
-            ready = backends.named(ctx.backend).settle(ready, feats[:count], slopes[:count], grad, p)
-            if ready is not None:
-                return None, None, None, *ready, *[None] * count
+            early, ctx.early_gradients = ctx.early_gradients, None
+            students, student_slopes = feats[:count], slopes[: ctx.student_slopes]
+            early = backends.named(backend).at_upstream_gradient(early, students, student_slopes, grad, p)
+            if early is not None:
+                return None, *early, *[None] * count
 
         wanted = [i for i in range(2 * count) if needed[i]]
+        first_slope = 0 if ctx.student_slopes else count
+        wanted_feats, wanted_slopes = [feats[i] for i in wanted], [slopes[i - first_slope] for i in wanted]
         scale = grad if reduce else _pick(grad, [i % count for i in wanted])
-        wanted_feats, wanted_slopes = (
-            [feats[i] for i in wanted],
-            [slopes[i - ctx.first_slope] for i in wanted],
-        )
-        computed = _gradients(wanted_feats, wanted_slopes, scale, p, mapping, ctx.backend)
+        arguments = (wanted_feats, wanted_slopes, scale, p, mapping, backend)
+        computed = below_autograd(attention_maps_backward, *arguments)
+        grads: list[Tensor | None] = [None] * (2 * count)
         for i, feat_grad in zip(wanted, computed, strict=True):
             grads[i] = feat_grad
-        return None, None, None, *grads
+        return None, *grads
 
 
 def _gradients(
-    feats: list[Tensor], grad_maps: list[Any], scale: Tensor | None, p: float, mapping: str, backend: str
+    feats: list[Tensor], grad_maps: list[Any], p: float, mapping: str, backend: str
 ) -> list[Tensor]:
     """The operator, or the reference for gradients that no kernel can see into (`is_grads_batched`)."""
     if all(backends.is_plain(grad) for grad in grad_maps):
-        return _call(attention_maps_backward, feats, grad_maps, scale, p, mapping, backend)
+        return _call(attention_maps_backward, feats, grad_maps, None, p, mapping, backend)
     return [
         reference.attention_map_backward(feat, grad, p, mapping)
         for feat, grad in zip(feats, grad_maps, strict=True)
@@ -319,11 +337,19 @@ def _maps_backward_autograd(
 
 
 def _loss_autograd(
-    students: list[Tensor], teachers: list[Tensor], weights: list[float], *options: Any
+    students: list[Tensor],
+    teachers: list[Tensor],
+    weights: list[float],
+    p: float,
+    mapping: str,
+    eps: float,
+    reduce: bool,
+    backend: str,
 ) -> Tensor:
+    options = _LossOptions(weights, p, mapping, eps, reduce, backend)
     if _requires_grad(students, teachers):
-        return _Loss.apply(weights, options[:-1], options[-1], *students, *teachers)
-    return below_autograd(attention_loss, students, teachers, weights, *options)
+        return _Loss.apply(options, *students, *teachers)
+    return below_autograd(attention_loss, students, teachers, *options)
 
 
 _differentiable: dict[Any, Callable[..., Any]] = {

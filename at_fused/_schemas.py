@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from ._outputs import empty_loss_outputs, empty_map
+from ._outputs import Outputs, empty_gradients, empty_loss, empty_maps
 
 library = torch.library.Library("at_fused", "DEF")
 library.define("attention_maps(Tensor[] feats, float p, str mapping, str backend) -> Tensor[]")
@@ -25,20 +25,22 @@ library.define(
     "attention_loss(Tensor[] students, Tensor[] teachers, float[] weights, float p, str mapping, float eps, "
     "bool reduce, str backend) -> Tensor"
 )
-# What a backward pass needs besides: without a derivative of its own.
+# Fills an `Outputs`, and has no derivative of its own.
 library.define(
-    "attention_loss_forward(Tensor[] students, Tensor[] teachers, float[] weights, float p, str mapping, "
-    "float eps, bool reduce, bool student_slopes, bool teacher_slopes, bool student_grads, str backend) "
-    "-> (Tensor loss, Tensor[] slopes, Tensor[] grads)"
+    "fill_loss(Tensor[] students, Tensor[] teachers, float[] weights, float p, str mapping, float eps, "
+    "str backend, Tensor(a!) loss, Tensor(b!)[] student_slopes, Tensor(c!)[] teacher_slopes, "
+    "Tensor(d!)[] grads) -> ()"
 )
 attention_maps = torch.ops.at_fused.attention_maps.default
 attention_maps_backward = torch.ops.at_fused.attention_maps_backward.default
 attention_loss = torch.ops.at_fused.attention_loss.default
-attention_loss_forward = torch.ops.at_fused.attention_loss_forward.default
+fill_loss = torch.ops.at_fused.fill_loss.default
 
 
 def _attention_maps(feats: list[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
-    return backends.named(backend).attention_maps(feats, p, mapping)
+    maps = empty_maps(feats)
+    backends.named(backend).attention_maps(feats, maps, p=p, mapping=mapping)
+    return maps
 
 
 def _attention_maps_backward(
@@ -50,27 +52,48 @@ def _attention_maps_backward(
     backend: str,
     addends: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    return backends.named(backend).attention_maps_backward(feats, grad_maps, scale, p, mapping, addends or [])
-
-
-def _attention_loss_forward(
-    students: list[Tensor], teachers: list[Tensor], weights: list[float], *options: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    return backends.named(options[-1]).attention_loss(students, teachers, weights, *options[:-1])
+    grads = empty_gradients(feats)
+    backends.named(backend).attention_maps_backward(
+        feats, grad_maps, grads, scale=scale, addends=addends or [], p=p, mapping=mapping
+    )
+    return grads
 
 
 def _attention_loss(
-    students: list[Tensor], teachers: list[Tensor], weights: list[float], *options: Any
+    students: list[Tensor],
+    teachers: list[Tensor],
+    weights: list[float],
+    p: float,
+    mapping: str,
+    eps: float,
+    reduce: bool,
+    backend: str,
 ) -> Tensor:
-    wanted = (False, False, False)  # no slopes, no gradients
-    return _attention_loss_forward(students, teachers, weights, *options[:-1], *wanted, options[-1])[0]
+    loss = empty_loss(students, teachers, reduce)
+    _fill_loss(students, teachers, weights, p, mapping, eps, backend, loss, [], [], [])
+    return loss
+
+
+def _fill_loss(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    weights: list[float],
+    p: float,
+    mapping: str,
+    eps: float,
+    backend: str,
+    *outputs: Any,
+) -> None:
+    backends.named(backend).attention_loss(
+        students, teachers, weights, Outputs(*outputs), p=p, mapping=mapping, eps=eps
+    )
 
 
 _computations: dict[Any, Callable[..., Any]] = {
     attention_maps: _attention_maps,
     attention_maps_backward: _attention_maps_backward,
     attention_loss: _attention_loss,
-    attention_loss_forward: _attention_loss_forward,
+    fill_loss: _fill_loss,
 }
 for _operator, _computation in _computations.items():
     library.impl(_operator, _computation, "CompositeExplicitAutograd")
@@ -95,17 +118,17 @@ def below_autograd(operator: Any, *arguments: Any) -> Any:
 
 
 @torch.library.register_fake("at_fused::attention_maps", lib=library)
-def _fake_maps(feats: list[Tensor], *options: Any) -> list[Tensor]:
-    return [empty_map(feat) for feat in feats]
+def _maps_shapes(feats: list[Tensor], *options: Any) -> list[Tensor]:
+    return empty_maps(feats)
 
 
 @torch.library.register_fake("at_fused::attention_maps_backward", lib=library)
-def _fake_maps_backward(feats: list[Tensor], *others: Any) -> list[Tensor]:
-    return [torch.empty_like(feat) for feat in feats]
+def _gradients_shapes(feats: list[Tensor], *others: Any) -> list[Tensor]:
+    return empty_gradients(feats)
 
 
 @torch.library.register_fake("at_fused::attention_loss", lib=library)
-def _fake_loss(
+def _loss_shape(
     students: list[Tensor],
     teachers: list[Tensor],
     weights: list[float],
@@ -115,21 +138,9 @@ def _fake_loss(
     reduce: bool,
     backend: str,
 ) -> Tensor:
-    return empty_loss_outputs(students, teachers, reduce, False, False, False)[0]
+    return empty_loss(students, teachers, reduce)
 
 
-@torch.library.register_fake("at_fused::attention_loss_forward", lib=library)
-def _fake_loss_forward(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    weights: list[float],
-    p: float,
-    mapping: str,
-    eps: float,
-    reduce: bool,
-    student_slopes: bool,
-    teacher_slopes: bool,
-    student_grads: bool,
-    backend: str,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    return empty_loss_outputs(students, teachers, reduce, student_slopes, teacher_slopes, student_grads)
+@torch.library.register_fake("at_fused::fill_loss", lib=library)
+def _nothing(*arguments: Any) -> None:
+    return None

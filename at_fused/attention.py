@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import _ops, backends, reference
 from ._checks import (
@@ -24,6 +25,7 @@ from ._checks import (
     feature_error,
     warn_if_channels_last,
 )
+from ._known import Known, kinds
 
 
 def attention_map(
@@ -130,6 +132,26 @@ def attention_loss(
             sizes that differ, tokens that fill no grid, p < 1, an empty list, an unknown option, or a
             backend that can't serve.
     """
+    options = (
+        p,
+        mapping,
+        normalize,
+        distance,
+        norm_order,
+        reduction,
+        resize,
+        channel_dim,
+        t_channel_dim,
+        eps,
+    )
+    call = None if masks is not None else _call(s_feats, t_feats, (*options, backend))
+    if call and (known := _fused_calls.get(call)):
+        students, teachers = _listed(s_feats), _listed(t_feats)
+        factors = _factors(weights, len(students))
+        return _ops.fused_loss(
+            students, teachers, factors, float(p), mapping, float(eps), reduction == "sum", known
+        )
+
     check_options(
         p,
         norm_order,
@@ -153,7 +175,7 @@ def attention_loss(
         masks = check_masks(masks, name, shapes, students[0].device)
     if reduction == "batch":
         check_batches(name, [student.shape[0] for student in students])
-    factors = [1.0] * len(students) if weights is None else check_weights(weights, len(students))
+    factors = _factors(weights, len(students))
     comparable = all(
         s.shape[2:] == t.shape[2:] and (s.dtype == torch.float64) == (t.dtype == torch.float64)
         for s, t in zip(students, teachers, strict=True)
@@ -162,10 +184,11 @@ def attention_loss(
     feats = [*students, *teachers]
     backend = backends.select(backend, feats, p, mapping)
     if backend != "reference" and comparable and _ops.is_fused(normalize, distance, reduction, masks):
-        loss: Tensor = _ops.fused_loss(
+        if call and channel_dim == 1 and t_channel_dim in (None, 1):  # the features as they were given
+            _fused_calls.keep(call, backend)
+        return _ops.fused_loss(
             students, teachers, factors, float(p), mapping, float(eps), reduction == "sum", backend
         )
-        return loss
 
     # What is not hot is composed in PyTorch from the fused maps, which are small.
     maps = _ops.raw_maps(feats, float(p), mapping, backend)
@@ -181,6 +204,29 @@ def attention_loss(
         resize=resize,
         eps=eps,
     )
+
+
+def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
+    return [1.0] * count if weights is None else check_weights(weights, count)
+
+
+def _listed(feats: Features) -> list[Tensor]:
+    return [feats] if isinstance(feats, Tensor) else list(feats)
+
+
+_fused_calls: Known[str] = Known()  # checked calls that the fused loss serves: their backends
+
+
+def _call(s_feats: Features, t_feats: Features, options: tuple[Any, ...]) -> Hashable | None:
+    """All that the checks of a call and its backend depend on, or None where that can't be told."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return None
+    types = tuple(map(type, options))  # True is not taken for 1
+    try:
+        feats = kinds(_listed(s_feats)), kinds(_listed(t_feats))
+    except (AttributeError, TypeError, RuntimeError):  # no features, as the checks will say
+        return None
+    return backends.available_backends(), *feats, options, types
 
 
 class AttentionLoss(nn.Module):

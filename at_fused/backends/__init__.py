@@ -6,26 +6,25 @@ A backend is a module `backends/NAME.py` with
         Why it can't run on this machine; None when it can.
     unsupported(feats, p, mapping) -> str | None
         Why it can't serve these features; None when it can.
-    attention_maps(feats, p, mapping) -> list[Tensor]
-        Raw maps (B, *spatial) of features (B, C, *spatial), any strides and dtypes.
-    attention_maps_backward(feats, grad_maps, scale, p, mapping, addends) -> list[Tensor]
-        Gradients at the features, in their dtype and memory format. `scale` multiplies the map
-        gradients: None, a scalar tensor, or one value per feature, read on the device. `addends`, one per
-        feature of the gradient's dtype and strides, or none, are added before rounding.
-    attention_loss(students, teachers, weights, p, mapping, eps, reduce,
-                   student_slopes, teacher_slopes, student_grads) -> (loss, slopes, grads)
-        The l2-normalised mean-squared loss, weighted, () if `reduce` else (n_pairs,); where asked for, the
-        gradients of each pair's weighted loss at its raw maps, students' first; and, only where
-        `single_pass`, the gradients at the students' features.
-    single_pass() -> bool
-        Whether it can compute the gradients at the features together with the loss, as for an upstream
-        gradient of 1. The next two are called only then, and only in eager mode.
-    ahead(students, teachers, p) -> bool
+    attention_maps(feats, maps, *, p, mapping)
+        Fills the raw maps (B, *spatial) of features (B, C, *spatial) of any strides and dtypes.
+    attention_maps_backward(feats, grad_maps, grads, *, scale, addends, p, mapping)
+        Fills the gradients at the features, given those at the maps. `scale` multiplies the latter: None, a
+        scalar tensor, or one value per feature, read on the device. `addends`, of the gradients' dtypes and
+        strides, one for each or none, are added before rounding.
+    attention_loss(students, teachers, weights, outputs, *, p, mapping, eps)
+        Fills `outputs` (`_outputs.Outputs`): the l2-normalised mean-squared loss, weighted, and its gradients
+        at the maps and, as for an upstream gradient of 1, at the students' features, where they are wanted.
+
+and, if it can compute the gradients at the features together with the loss faster than after it,
+
+    early_gradients_pay(students, teachers, p) -> bool
         Whether that is the cheapest way to these gradients, supposing that the upstream gradient is 1 if the
-        last one was, as it is when beta is among the weights. A wrong guess costs time, never a bit.
-    settle(grads, students, slopes, scale, p) -> list[Tensor] | None
-        Notes for the next guess whether the upstream gradient `scale` is 1, and makes the gradients that came
-        ahead, if any did, right for it. None has them computed anew.
+        last one was, as it is when beta is among the weights. A wrong guess is slower; the result is
+        identical. Called only in eager mode, as is the next.
+    at_upstream_gradient(grads, students, slopes, upstream, p) -> list[Tensor] | None
+        The early gradients `grads`, if there are any, at the upstream gradient, or None: compute them anew.
+        Remembers for the next guess whether the upstream gradient was 1.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .._known import Known, kinds
 from . import cpu, cuda, triton
 
 # Settled at import, in plain containers, which torch.compile can look into. Best first.
@@ -58,6 +58,11 @@ def named(name: str) -> ModuleType:
     return modules[name]
 
 
+def gives_early_gradients(name: str) -> bool:
+    """Whether a fused backend can compute the gradients at the features together with the loss."""
+    return hasattr(named(name), "early_gradients_pay")
+
+
 def available_backends() -> tuple[str, ...]:
     """The backends that can run on this machine, best first; "reference" is always there."""
     return _available
@@ -74,8 +79,22 @@ def select(backend: str, feats: Sequence[Tensor], p: float, mapping: str) -> str
     """
     if backend == "auto" and mapping == "sum" and torch.compiler.is_compiling():
         return "reference"
-    if backend == "auto" and not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling():
+        return _select(backend, feats, p, mapping)
+    if backend == "auto" and forward_ad._current_level >= 0:
         return "reference"  # the kernels have no derivatives of forward mode
+    question = backend, _available, kinds(feats), p, mapping
+    selected = _selected.get(question)
+    if selected is None:
+        selected = _select(backend, feats, p, mapping)
+        _selected.keep(question, selected)
+    return selected
+
+
+_selected: Known[str] = Known()
+
+
+def _select(backend: str, feats: Sequence[Tensor], p: float, mapping: str) -> str:
     for name in _available if backend == "auto" else (backend,):
         if name == "reference":
             return name

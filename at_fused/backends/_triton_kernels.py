@@ -37,7 +37,7 @@ class Kind(NamedTuple):
 
 @triton.jit
 def _count(number):
-    """A number of samples or of programs, as `triton.disguised` passes it."""
+    """A number of samples or of programs, as `triton.unspecialised` encodes it."""
     return number // 2 - 1
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._outputs import empty_loss_outputs, empty_map
+from .._outputs import Outputs
 from ._library import load
 
 _LIBRARY = Path(__file__).parent.parent / "_cpu.so"
@@ -33,74 +33,53 @@ def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:
     return None
 
 
-def attention_maps(feats: Sequence[Tensor], p: float, mapping: str) -> list[Tensor]:
-    maps = [empty_map(feat) for feat in feats]
+def attention_maps(feats: Sequence[Tensor], maps: Sequence[Tensor], *, p: float, mapping: str) -> None:
     torch.ops.at_fused_cpu.attention_maps(feats, maps, p, mapping == "max")
-    return maps
 
 
 def attention_maps_backward(
     feats: Sequence[Tensor],
     grad_maps: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
     scale: Tensor | None,
+    addends: Sequence[Tensor],
     p: float,
     mapping: str,
-    addends: Sequence[Tensor] = (),
-) -> list[Tensor]:
-    grads = [torch.empty_like(feat) for feat in feats]
+) -> None:
     # Maps are small: a gradient that arrives expanded (from sum()) is made dense here.
     slopes = [grad_map.contiguous() for grad_map in grad_maps]
-    added = list(addends) or None
-    torch.ops.at_fused_cpu.attention_maps_backward(feats, slopes, scale, grads, p, mapping == "max", added)
-    return grads
+    torch.ops.at_fused_cpu.attention_maps_backward(feats, slopes, scale, addends, grads, p, mapping == "max")
 
 
 def attention_loss(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     weights: Sequence[float],
+    outputs: Outputs,
+    *,
     p: float,
     mapping: str,
     eps: float,
-    reduce: bool,
-    student_slopes: bool,
-    teacher_slopes: bool,
-    student_grads: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    loss, slopes, grads = empty_loss_outputs(
-        students, teachers, reduce, student_slopes, teacher_slopes, student_grads
-    )
-    torch.ops.at_fused_cpu.attention_loss(
-        students,
-        teachers,
-        weights,
-        loss,
-        slopes,
-        grads,
-        p,
-        mapping == "max",
-        eps,
-        student_slopes,
-        teacher_slopes,
-    )
-    return loss, slopes, grads
+) -> None:
+    torch.ops.at_fused_cpu.attention_loss(students, teachers, weights, *outputs, p, mapping == "max", eps)
 
 
-def single_pass() -> bool:
+_last_upstream_was_one = True
+
+
+def early_gradients_pay(students: Sequence[Tensor], teachers: Sequence[Tensor], p: float) -> bool:
     """A sample fits the cache: its gradient costs a write, not another read."""
-    return True
+    return _last_upstream_was_one
 
 
-_expects_one = True
-
-
-def ahead(students: Sequence[Tensor], teachers: Sequence[Tensor], p: float) -> bool:
-    return _expects_one
-
-
-def settle(
-    grads: list[Tensor] | None, students: Sequence[Tensor], slopes: Sequence[Tensor], scale: Tensor, p: float
+def at_upstream_gradient(
+    grads: list[Tensor] | None,
+    students: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    upstream: Tensor,
+    p: float,
 ) -> list[Tensor] | None:
-    global _expects_one
-    _expects_one = float(scale) == 1
-    return grads if _expects_one else None
+    global _last_upstream_was_one
+    _last_upstream_was_one = float(upstream) == 1
+    return grads if _last_upstream_was_one else None

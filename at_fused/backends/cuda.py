@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._outputs import empty_loss_outputs, empty_map
+from .._outputs import Outputs
 from .._tracing import constant
 from ._library import load
 
@@ -29,27 +28,9 @@ def unavailable() -> str | None:
     return load(_LIBRARY)
 
 
-_known_reasons: dict[Any, str | None] = {}  # of features, by all that the answer depends on
-_MOST_KNOWN = 1000
-
-
 def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:
     if mapping != "sum":
         return f"it serves sums over the channels, not mapping {mapping!r}"
-    if torch.compiler.is_compiling():
-        return _why_unsupported(feats)
-    features = tuple([(feat.shape, feat.stride(), feat.dtype, feat.device) for feat in feats])
-    try:
-        return _known_reasons[features]
-    except KeyError:
-        if len(_known_reasons) >= _MOST_KNOWN:
-            _known_reasons.clear()
-        return _known_reasons.setdefault(features, _why_unsupported(feats))
-    except TypeError:  # symbolic sizes can't be hashed
-        return _why_unsupported(feats)
-
-
-def _why_unsupported(feats: Sequence[Tensor]) -> str | None:
     for feat in feats:
         if feat.device.type != "cuda":
             return f"it serves CUDA tensors, not {feat.device.type}"
@@ -99,69 +80,56 @@ def _limits(device: int) -> tuple[str, int]:
     return _known_limits[device]
 
 
-def attention_maps(feats: Sequence[Tensor], p: float, mapping: str) -> list[Tensor]:
-    maps = [empty_map(feat) for feat in feats]
+def attention_maps(feats: Sequence[Tensor], maps: Sequence[Tensor], *, p: float, mapping: str) -> None:
     torch.ops.at_fused_cuda.attention_maps(feats, maps, p)
-    return maps
 
 
 def attention_maps_backward(
     feats: Sequence[Tensor],
     grad_maps: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
     scale: Tensor | None,
+    addends: Sequence[Tensor],
     p: float,
     mapping: str,
-    addends: Sequence[Tensor] = (),
-) -> list[Tensor]:
-    grads = [torch.empty_like(feat) for feat in feats]
+) -> None:
     slopes = [grad_map.contiguous() for grad_map in grad_maps]
     note = _note() if _note_is_wanted and scale is not None and scale.numel() == 1 else None
     scale = None if scale is None else scale.float()
     aligned = all(addend.data_ptr() % _ALIGNMENT == 0 for addend in addends)
-    added = list(addends) if addends and aligned else None
-    torch.ops.at_fused_cuda.attention_maps_backward(feats, slopes, scale, grads, p, note, False, added)
+    added = addends if aligned else []
+    torch.ops.at_fused_cuda.attention_maps_backward(feats, slopes, scale, added, grads, p, note, False)
     if not aligned:
-        torch._foreach_add_(grads, list(addends))
-    return grads
+        torch._foreach_add_(list(grads), list(addends))
 
 
 def attention_loss(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     weights: Sequence[float],
+    outputs: Outputs,
+    *,
     p: float,
     mapping: str,
     eps: float,
-    reduce: bool,
-    student_slopes: bool,
-    teacher_slopes: bool,
-    student_grads: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    loss, slopes, grads = empty_loss_outputs(
-        students, teachers, reduce, student_slopes, teacher_slopes, student_grads
-    )
-    size = sum(len(student) for student in students) + 1  # the samples' partial sums, and room for a counter
-    workspace = torch.empty(size, dtype=torch.float64, device=loss.device)
-    torch.ops.at_fused_cuda.attention_loss(
-        students, teachers, weights, loss, slopes, grads, workspace, p, eps, student_slopes, teacher_slopes
-    )
-    return loss, slopes, grads
+) -> None:
+    size = (
+        sum(student.shape[0] for student in students) + 1
+    )  # the samples' partial sums, and room for a counter
+    workspace = torch.empty(size, dtype=torch.float64, device=outputs.loss.device)
+    torch.ops.at_fused_cuda.attention_loss(students, teachers, weights, *outputs, workspace, p, eps)
 
 
-# --- gradients ahead of backward ----------------------------------------------------------------------
+# --- gradients together with the loss -----------------------------------------------------------------
 #
 # Reading the upstream gradient would stall the host. The kernels look at it instead: where it is 1, the
 # gradients that came with the loss stand; elsewhere they are computed again, bit for bit as without a guess.
 
 
-def single_pass() -> bool:
-    return True
-
-
-def ahead(students: Sequence[Tensor], teachers: Sequence[Tensor], p: float) -> bool:
+def early_gradients_pay(students: Sequence[Tensor], teachers: Sequence[Tensor], p: float) -> bool:
     global _note_is_wanted
-    feats = (*students, *teachers)
-    if sum([feat.nbytes for feat in feats]) <= _l2_bytes(feats[0].device.index):
+    if sum(feat.nbytes for feat in (*students, *teachers)) <= _l2_bytes(students[0].device.index):
         return False  # the second read of the students costs no device memory
     if not torch.ops.at_fused_cuda.one_pass_pays(students, teachers, p):
         return False
@@ -170,11 +138,17 @@ def ahead(students: Sequence[Tensor], teachers: Sequence[Tensor], p: float) -> b
     return note is not None and bool(note.item())
 
 
-def settle(
-    grads: list[Tensor] | None, students: Sequence[Tensor], slopes: Sequence[Tensor], scale: Tensor, p: float
+def at_upstream_gradient(
+    grads: list[Tensor] | None,
+    students: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    upstream: Tensor,
+    p: float,
 ) -> list[Tensor] | None:
     if grads is not None:
-        torch.ops.at_fused_cuda.attention_maps_backward(students, slopes, scale, grads, p, _note(), True)
+        torch.ops.at_fused_cuda.attention_maps_backward(
+            students, slopes, upstream, [], grads, p, _note(), True
+        )
     return grads
 
 

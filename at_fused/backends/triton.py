@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._outputs import empty_loss_outputs, empty_map
+from .._outputs import Outputs, empty_maps
 
 if TYPE_CHECKING:
     from ._triton_kernels import Kind
@@ -57,21 +57,20 @@ def unsupported(feats: Sequence[Tensor], p: float, mapping: str) -> str | None:
     return None
 
 
-def attention_maps(feats: Sequence[Tensor], p: float, mapping: str) -> list[Tensor]:
-    maps = [empty_map(feat) for feat in feats]
+def attention_maps(feats: Sequence[Tensor], maps: Sequence[Tensor], *, p: float, mapping: str) -> None:
     _launch_maps(feats, maps, None, p, mapping)
-    return maps
 
 
 def attention_maps_backward(
     feats: Sequence[Tensor],
     grad_maps: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
     scale: Tensor | None,
+    addends: Sequence[Tensor],
     p: float,
     mapping: str,
-    addends: Sequence[Tensor] = (),
-) -> list[Tensor]:
-    grads = [torch.empty_like(feat) for feat in feats]
+) -> None:
     layouts = [
         _layout(feat.dtype, mapping, feat.shape, feat.stride(), grad_map.stride(), grad.stride())
         for feat, grad_map, grad in zip(feats, grad_maps, grads, strict=True)
@@ -90,32 +89,27 @@ def attention_maps_backward(
         **_mapping(p, mapping),
         KINDS=tuple(layout.kind for layout in layouts),
     )
-    return grads
 
 
 def attention_loss(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     weights: Sequence[float],
+    outputs: Outputs,
+    *,
     p: float,
     mapping: str,
     eps: float,
-    reduce: bool,
-    student_slopes: bool,
-    teacher_slopes: bool,
-    student_grads: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    loss, slopes, grads = empty_loss_outputs(
-        students, teachers, reduce, student_slopes, teacher_slopes, student_grads
-    )
+) -> None:
     samples = [student.shape[0] for student in students]
+    loss = outputs.loss
     if sum(samples) == 0:
-        return loss.zero_(), slopes, grads
+        loss.zero_()
+        return
 
     # The maps' gradients take the place of the maps.
-    given = iter(slopes)
-    student_maps = [next(given) if student_slopes else empty_map(student) for student in students]
-    teacher_maps = [next(given) if teacher_slopes else empty_map(teacher) for teacher in teachers]
+    student_maps = outputs.student_slopes or empty_maps(students)
+    teacher_maps = outputs.teacher_slopes or empty_maps(teachers)
     counter = torch.empty(1, dtype=torch.int32, device=loss.device)
     distances = torch.empty(sum(samples), dtype=torch.float64, device=loss.device)
     _launch_maps([*students, *teachers], [*student_maps, *teacher_maps], counter, p, mapping)
@@ -127,7 +121,7 @@ def attention_loss(
         tuple(student_maps),
         tuple(teacher_maps),
         tuple(
-            (disguised(count), math.prod(student.shape[2:]))
+            (unspecialised(count), math.prod(student.shape[2:]))
             for count, student in zip(samples, students, strict=True)
         ),
         tuple(_parts(weight / count) for weight, count in zip(weights, elements, strict=True)),
@@ -135,18 +129,13 @@ def attention_loss(
         distances,
         counter,
         loss,
-        REDUCE=reduce,
-        STUDENT_SLOPES=student_slopes,
-        TEACHER_SLOPES=teacher_slopes,
+        REDUCE=loss.ndim == 0,
+        STUDENT_SLOPES=bool(outputs.student_slopes),
+        TEACHER_SLOPES=bool(outputs.teacher_slopes),
     )
-    if student_grads:
-        grads = attention_maps_backward(students, slopes[: len(students)], None, p, mapping)
-    return loss, slopes, grads
-
-
-def single_pass() -> bool:
-    """A sample does not stay on chip between the loss and its gradient: nothing is gained."""
-    return False
+    if outputs.grads:
+        slopes, grads = outputs.student_slopes, outputs.grads
+        attention_maps_backward(students, slopes, grads, scale=None, addends=[], p=p, mapping=mapping)
 
 
 def _launch_maps(
@@ -200,9 +189,9 @@ def _target() -> str:
     return target
 
 
-def disguised(count: int) -> int:
-    """A number of samples or programs, made neither 1 nor a multiple of 16: for each of these Triton compiles
-    a kernel anew, which would be a second or two for many a size of a batch."""
+def unspecialised(count: int) -> int:
+    """`count`, encoded so that Triton does not specialise on it: it would compile a kernel anew for 1 and for
+    multiples of 16, which takes a second or two for many a size of a batch."""
     return 2 * count + 3
 
 
@@ -226,7 +215,7 @@ class Layout(NamedTuple):
     """How the kernels walk a feature, in so many programs; what follows, but for `kind`, are arguments."""
 
     programs: int
-    grid: tuple[int, int, int, tuple[int, ...]]  # programs in disguise, channels, positions, inner sizes
+    grid: tuple[int, int, int, tuple[int, ...]]  # programs (unspecialised), channels, positions, inner sizes
     feat: tuple[int, int, tuple[int, ...]]  # strides of batch, channels, space
     map: tuple[int, tuple[int, ...]]  # strides of batch, space
     grad: tuple[int, int, tuple[int, ...]]  # as feat
@@ -296,7 +285,7 @@ def _layout(
     programs = batch * -(-positions // block_p)
     return Layout(
         programs,
-        (disguised(programs), channels, positions, sizes[1:]),
+        (unspecialised(programs), channels, positions, sizes[1:]),
         (feat_batch, feat_channel, feat_space),
         (map_batch, map_space),
         (grad_batch, grad_channel, grad_space),

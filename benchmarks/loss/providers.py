@@ -92,12 +92,12 @@ class Provider:
 
     def one_pass(self, cell: Cell, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> bool:
         """Whether the backend computes the gradients with the loss where it expects this upstream."""
-        if self.backend is None or not backends.modules[self.backend].single_pass():
+        if self.backend is None or not backends.gives_early_gradients(self.backend):
             return False
-        ahead = backends.modules[self.backend].ahead
-        ahead(students, teachers, float(cell.p))  # from now on the operator notes the upstream gradient
+        pays = backends.named(self.backend).early_gradients_pay
+        pays(students, teachers, float(cell.p))  # from now on the operator notes the upstream gradient
         self.prepare(cell, students[0].device)
-        return bool(ahead(students, teachers, float(cell.p)))
+        return bool(pays(students, teachers, float(cell.p)))
 
     def fits(self, cell: Cell) -> bool:
         """Whether it has something of its own to show in this cell."""
@@ -137,7 +137,7 @@ def providers(device: torch.device) -> dict[str, Provider]:
             continue
         loss = partial(_ours, backend=name)
         found.append(Provider(f"ours-{name}", loss, backend=name))
-        if backends.modules[name].single_pass():
+        if backends.gives_early_gradients(name):
             found.append(Provider(f"ours-{name}-two-pass", loss, backend=name, factor=2.0))
     return {provider.name: provider for provider in found}
 

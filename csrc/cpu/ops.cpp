@@ -157,12 +157,12 @@ void attention_maps(std::vector<Tensor> tensors, std::vector<Tensor> maps, doubl
   });
 }
 
-// `addends`, if given, are added to the gradients, and of their types and strides.
+// `addends`, if there are any, are added to the gradients, and of their types and strides.
 void attention_maps_backward(std::vector<Tensor> tensors, std::vector<Tensor> slopes, std::optional<Tensor> scale,
-                             std::vector<Tensor> grads, double p, bool max, std::optional<std::vector<Tensor>> addends) {
+                             std::vector<Tensor> addends, std::vector<Tensor> grads, double p, bool max) {
   const auto feats = features_of(tensors);
   auto outs = gradients_of(grads);
-  if (addends) add_to(outs, *addends);
+  if (!addends.empty()) add_to(outs, addends);
   STD_TORCH_CHECK(slopes.size() == feats.size() && outs.size() == feats.size(), "at_fused: one slope per feature");
   for (size_t i = 0; i < feats.size(); ++i) check_map(slopes[i], feats[i]);
   std::vector<double> factors(feats.size(), 1.0);
@@ -176,19 +176,19 @@ void attention_maps_backward(std::vector<Tensor> tensors, std::vector<Tensor> sl
   });
 }
 
-// `slopes` lists the students' (if asked for), then the teachers' (if asked for); `loss` is () or (n_pairs,).
-// `grads`, if not empty, receives the students' gradients while each sample is still in the cache.
+// `loss` is () or (n_pairs,). Slopes and gradients are written if their lists are not empty; the gradients, for which
+// the students' slopes are needed, while each sample is still in the cache.
 void attention_loss(std::vector<Tensor> student_tensors, std::vector<Tensor> teacher_tensors,
-                    std::vector<double> weights, Tensor loss, std::vector<Tensor> slopes, std::vector<Tensor> grads,
-                    double p, bool max, double eps, bool student_slopes, bool teacher_slopes) {
+                    std::vector<double> weights, Tensor loss, std::vector<Tensor> student_slopes,
+                    std::vector<Tensor> teacher_slopes, std::vector<Tensor> grads, double p, bool max, double eps) {
   const auto students = features_of(student_tensors), teachers = features_of(teacher_tensors);
   const auto outs = gradients_of(grads);
   const size_t pairs = students.size();
   STD_TORCH_CHECK(teachers.size() == pairs && weights.size() == pairs &&
-                      slopes.size() == (size_t{student_slopes} + size_t{teacher_slopes}) * pairs &&
-                      (outs.empty() || (outs.size() == pairs && student_slopes)),
+                      (student_slopes.empty() || student_slopes.size() == pairs) &&
+                      (teacher_slopes.empty() || teacher_slopes.size() == pairs) &&
+                      (outs.empty() || (outs.size() == pairs && !student_slopes.empty())),
                   "at_fused: lists of different lengths");
-  const size_t first_teacher_slope = student_slopes ? pairs : 0;
   std::vector<std::vector<double>> distances(pairs);
   std::vector<double> factors(pairs);
   for (size_t i = 0; i < pairs; ++i) {
@@ -196,8 +196,8 @@ void attention_loss(std::vector<Tensor> student_tensors, std::vector<Tensor> tea
     STD_TORCH_CHECK(student.batch == teacher.batch && student.positions() == teacher.positions() &&
                         scalar_size(student) == scalar_size(teacher),
                     "at_fused: the maps of a pair must have the same shape and dtype");
-    if (student_slopes) check_map(slopes[i], student);
-    if (teacher_slopes) check_map(slopes[first_teacher_slope + i], teacher);
+    if (!student_slopes.empty()) check_map(student_slopes[i], student);
+    if (!teacher_slopes.empty()) check_map(teacher_slopes[i], teacher);
     const int64_t elements = student.batch * student.positions();
     factors[i] = elements ? weights[i] / static_cast<double>(elements) : 0;
     distances[i].resize(student.batch);
@@ -207,14 +207,13 @@ void attention_loss(std::vector<Tensor> student_tensors, std::vector<Tensor> tea
   for_each_sample(students, 2 * map_bytes, [&](size_t i, int64_t sample, double* scratch) {
     const Feature &student = students[i], &teacher = teachers[i];
     char* spare = reinterpret_cast<char*>(scratch);
-    char* student_map = student_slopes ? map_row(slopes[i], student, sample) : spare;
-    char* teacher_map =
-        teacher_slopes ? map_row(slopes[first_teacher_slope + i], teacher, sample) : spare + map_bytes;
+    char* student_map = student_slopes.empty() ? spare : map_row(student_slopes[i], student, sample);
+    char* teacher_map = teacher_slopes.empty() ? spare + map_bytes : map_row(teacher_slopes[i], teacher, sample);
     kernels().map(teacher, sample, {p, max}, teacher_map);
     kernels().map(student, sample, {p, max}, student_map);
     distances[i][sample] = kernels().distance(student_map, teacher_map, student.positions(),
-                                              student.dtype == DType::f64, eps, factors[i], student_slopes,
-                                              teacher_slopes);
+                                              student.dtype == DType::f64, eps, factors[i], !student_slopes.empty(),
+                                              !teacher_slopes.empty());
     if (!outs.empty()) kernels().map_backward(student, outs[i], sample, {p, max}, student_map, 1, scratch);
   });
 
@@ -244,11 +243,12 @@ std::string instruction_set() { return kernels().name; }
 STABLE_TORCH_LIBRARY(at_fused_cpu, library) {
   library.def("attention_maps(Tensor[] feats, Tensor(a!)[] maps, float p, bool max) -> ()");
   library.def(
-      "attention_maps_backward(Tensor[] feats, Tensor[] slopes, Tensor? scale, Tensor(a!)[] grads, float p, bool max, "
-      "Tensor[]? addends=None) -> ()");
+      "attention_maps_backward(Tensor[] feats, Tensor[] slopes, Tensor? scale, Tensor[] addends, Tensor(a!)[] grads, "
+      "float p, bool max) -> ()");
   library.def(
-      "attention_loss(Tensor[] students, Tensor[] teachers, float[] weights, Tensor(a!) loss, Tensor(b!)[] slopes, "
-      "Tensor(c!)[] grads, float p, bool max, float eps, bool student_slopes, bool teacher_slopes) -> ()");
+      "attention_loss(Tensor[] students, Tensor[] teachers, float[] weights, Tensor(a!) loss, "
+      "Tensor(b!)[] student_slopes, Tensor(c!)[] teacher_slopes, Tensor(d!)[] grads, float p, bool max, float eps) "
+      "-> ()");
   library.def("instruction_set() -> str");
 }
 

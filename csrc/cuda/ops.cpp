@@ -132,12 +132,12 @@ void run_backward(const OnDevice& on, const Tensors& feats, const Tensors& slope
   });
 }
 
-// `note`, if there, is one int32 of pinned host memory that receives whether `scale` was 1. With `grads_at_one` the
-// gradients at a scale of 1 are in `grads` already. `addends`, if given, are added to the gradients.
-void attention_maps_backward(Tensors feats, Tensors slopes, std::optional<Tensor> scale, Tensors grads, double p,
-                             std::optional<Tensor> note, bool grads_at_one, std::optional<Tensors> addends) {
+// `addends`, if there are any, are added to the gradients. `note`, if there, is one int32 of pinned host memory that
+// receives whether `scale` was 1. With `grads_at_one` the gradients at a scale of 1 are in `grads` already.
+void attention_maps_backward(Tensors feats, Tensors slopes, std::optional<Tensor> scale, Tensors addends,
+                             Tensors grads, double p, std::optional<Tensor> note, bool grads_at_one) {
   const OnDevice on(feats.at(0), p);
-  run_backward(on, feats, slopes, scale ? &*scale : nullptr, grads, addends ? *addends : Tensors{}, p,
+  run_backward(on, feats, slopes, scale ? &*scale : nullptr, grads, addends, p,
                note ? static_cast<int32_t*>(note->data_ptr()) : nullptr, grads_at_one);
 }
 
@@ -178,15 +178,17 @@ bool one_pass_pays(Tensors students, Tensors teachers, double p) {
   return plan(tables, on.device, p);
 }
 
-// `slopes` lists the students' (if asked for), then the teachers' (if asked for); `loss` is () or (n_pairs,).
-// `grads`, if not empty, receives the students' gradients: in the same pass where that pays, else in a launch of
-// its own. `workspace` has a double per sample and one more.
-void attention_loss(Tensors students, Tensors teachers, std::vector<double> weights, Tensor loss, Tensors slopes,
-                    Tensors grads, Tensor workspace, double p, double eps, bool student_slopes, bool teacher_slopes) {
+// `loss` is () or (n_pairs,). Slopes and gradients are written if their lists are not empty; the gradients, for which
+// the students' slopes are needed, in the same pass where that pays, else in a launch of their own. `workspace` has a
+// double per sample and one more.
+void attention_loss(Tensors students, Tensors teachers, std::vector<double> weights, Tensor loss,
+                    Tensors student_slopes, Tensors teacher_slopes, Tensors grads, Tensor workspace, double p,
+                    double eps) {
   const size_t pairs = students.size();
   STD_TORCH_CHECK(weights.size() == pairs &&
-                      slopes.size() == (size_t{student_slopes} + size_t{teacher_slopes}) * pairs &&
-                      (grads.empty() || student_slopes),
+                      (student_slopes.empty() || student_slopes.size() == pairs) &&
+                      (teacher_slopes.empty() || teacher_slopes.size() == pairs) &&
+                      (grads.empty() || !student_slopes.empty()),
                   "at_fused: lists of different lengths");
   const OnDevice on(students.at(0), p);
   auto tables = tables_of(students, teachers, grads);
@@ -198,8 +200,8 @@ void attention_loss(Tensors students, Tensors teachers, std::vector<double> weig
       Pair& pair = table.pair[i];
       const int64_t elements = int64_t{pair.batch} * pair.student.positions;
       pair.weight = elements ? weights[pair.index] / static_cast<double>(elements) : 0;
-      if (student_slopes) pair.student_slopes = floats(slopes[pair.index], elements);
-      if (teacher_slopes) pair.teacher_slopes = floats(slopes[slopes.size() - pairs + pair.index], elements);
+      if (!student_slopes.empty()) pair.student_slopes = floats(student_slopes[pair.index], elements);
+      if (!teacher_slopes.empty()) pair.teacher_slopes = floats(teacher_slopes[pair.index], elements);
       pair.partials = partials + samples;
       samples += pair.batch;
     }
@@ -226,8 +228,7 @@ void attention_loss(Tensors students, Tensors teachers, std::vector<double> weig
     check(launch(kernel, loss_grid(table, one_pass), table, on.stream));
   }
   if (!grads.empty() && !one_pass) {
-    const Tensors student_slopes_only(slopes.begin(), slopes.begin() + static_cast<int64_t>(pairs));
-    run_backward(on, students, student_slopes_only, nullptr, grads, {}, p, nullptr, false);
+    run_backward(on, students, student_slopes, nullptr, grads, {}, p, nullptr, false);
   }
 }
 
@@ -255,11 +256,12 @@ int64_t largest_map(int64_t device_index) {
 STABLE_TORCH_LIBRARY(at_fused_cuda, library) {
   library.def("attention_maps(Tensor[] feats, Tensor(a!)[] maps, float p) -> ()");
   library.def(
-      "attention_maps_backward(Tensor[] feats, Tensor[] slopes, Tensor? scale, Tensor(a!)[] grads, float p, "
-      "Tensor(b!)? note, bool grads_at_one, Tensor[]? addends=None) -> ()");
+      "attention_maps_backward(Tensor[] feats, Tensor[] slopes, Tensor? scale, Tensor[] addends, Tensor(a!)[] grads, "
+      "float p, Tensor(b!)? note, bool grads_at_one) -> ()");
   library.def(
-      "attention_loss(Tensor[] students, Tensor[] teachers, float[] weights, Tensor(a!) loss, Tensor(b!)[] slopes, "
-      "Tensor(c!)[] grads, Tensor(d!) workspace, float p, float eps, bool student_slopes, bool teacher_slopes) -> ()");
+      "attention_loss(Tensor[] students, Tensor[] teachers, float[] weights, Tensor(a!) loss, "
+      "Tensor(b!)[] student_slopes, Tensor(c!)[] teacher_slopes, Tensor(d!)[] grads, Tensor(e!) workspace, float p, "
+      "float eps) -> ()");
   library.def("one_pass_pays(Tensor[] students, Tensor[] teachers, float p) -> bool");
   library.def("problem_with(int device) -> str");
   library.def("largest_map(int device) -> int");

@@ -216,9 +216,9 @@ def test_each_form_runs_the_way_its_name_says(monkeypatch: pytest.MonkeyPatch) -
     def record(name: str) -> None:
         kernel = getattr(backend, name)
 
-        def recording(*arguments: object) -> object:
+        def recording(*arguments: object, **options: object) -> object:
             calls.append(name)
-            return kernel(*arguments)
+            return kernel(*arguments, **options)
 
         monkeypatch.setattr(backend, name, recording)
 

@@ -56,23 +56,23 @@ def test_one_pass_where_the_cache_is_too_small(
     students = features(shapes, 256, dtype, layout)
     for teachers in (students, features([(4 * c, *size) for c, *size in shapes], 256, dtype, layout)):
         for p in (1, 2, 4):
-            assert cuda.ahead(students, teachers, p)
-        assert not cuda.ahead(students, teachers, 3), "powf takes longer than memory"
+            assert cuda.early_gradients_pay(students, teachers, p)
+        assert not cuda.early_gradients_pay(students, teachers, 3), "powf takes longer than memory"
 
 
 @both_layouts
 def test_two_passes_elsewhere(layout: torch.memory_format) -> None:
     small = features(CIFAR, 128, layout=layout)
-    assert not cuda.ahead(small, small, 2), "fits the cache"
+    assert not cuda.early_gradients_pay(small, small, 2), "fits the cache"
     large = features(RESNET_50, 64, layout=layout)
-    assert not cuda.ahead(large, large, 2), "no cluster holds a sample twice per multiprocessor"
+    assert not cuda.early_gradients_pay(large, large, 2), "no cluster holds a sample twice per multiprocessor"
     students = features(RESNET_18, 256, layout=layout)
     backend.set_device(
         cluster_launch=False, multiprocessors=108, shared_per_multiprocessor=164 << 10, l2=40 << 20
     )
-    assert not cuda.ahead(students, students, 2), "an A100 has no clusters"
+    assert not cuda.early_gradients_pay(students, students, 2), "an A100 has no clusters"
     last = features(RESNET_18[3:], 2048, layout=layout)
-    assert cuda.ahead(last, last, 2), "and needs none for 50 KB"
+    assert cuda.early_gradients_pay(last, last, 2), "and needs none for 50 KB"
 
 
 def test_the_last_upstream_gradient_decides() -> None:
@@ -82,7 +82,7 @@ def test_the_last_upstream_gradient_decides() -> None:
     for upstream in (2.0, 1.0):
         loss = at_fused.attention_loss(student, torch.ones(1, 1, 2, 2), backend="cuda")
         loss.backward(torch.tensor(upstream))
-        assert cuda.ahead(students, students, 2) == (upstream == 1)
+        assert cuda.early_gradients_pay(students, students, 2) == (upstream == 1)
 
 
 def test_no_note_before_one_pass_can_apply(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,22 +173,3 @@ def test_backward_that_has_nothing_to_do_is_small() -> None:
     assert torch.equal(
         torch.autograd.grad(at_fused.attention_loss(student, teacher, backend="cuda"), student)[0], grads[0]
     )
-
-
-def test_layouts_are_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By shape, strides, dtype and device: a change of any of them is seen."""
-    judged = []
-    monkeypatch.setattr(cuda, "_known_reasons", {})
-    monkeypatch.setattr(cuda, "_MOST_KNOWN", 4)
-    why = cuda._why_unsupported
-    monkeypatch.setattr(cuda, "_why_unsupported", lambda feats: judged.append(0) or why(feats))
-    x = torch.ones(2, 4, 6, 6)
-    for _ in range(2):
-        at_fused.attention_map(x, backend="cuda")
-        at_fused.attention_map(x.half(), backend="cuda")
-        at_fused.attention_map(x.to(memory_format=torch.channels_last), backend="cuda")
-        with pytest.raises(ValueError, match="strides"):
-            at_fused.attention_map(x[..., ::2], backend="cuda")
-        assert len(judged) == 4
-    at_fused.attention_map(x[:1], backend="cuda")
-    assert len(cuda._known_reasons) == 1, "too many to keep"

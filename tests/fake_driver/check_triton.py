@@ -22,6 +22,7 @@ torch.cuda.device = lambda device: nullcontext()
 torch._C._cuda_getCurrentRawStream = lambda device: 0
 
 import cases  # noqa: E402
+import kernels  # noqa: E402
 from cases import feature  # noqa: E402
 from test_triton import every_kind  # noqa: E402
 
@@ -93,12 +94,11 @@ def test_kernels_get_what_the_backend_passes(
     students = every_kind()[:kinds]
     teachers = [feature(*x.shape, seed=1, dtype=x.dtype, layout=cases.channels_last) for x in students]
     weights = [0.5 + i for i in range(len(students))]
-    _, slopes, _ = backend.attention_loss(
-        students, teachers, weights, p, mapping, 1e-12, reduce, True, True, False
-    )
+    found = kernels.loss(backend, students, teachers, weights, p, mapping, reduce=reduce, teacher_slopes=True)
+    slopes = [*found.student_slopes, *found.teacher_slopes]
     scale = torch.ones(()) if reduce else torch.ones(2 * len(students))
-    backend.attention_maps_backward([*students, *teachers], slopes, scale, p, mapping)
-    backend.attention_maps_backward(students[:1], slopes[:1], None, p, mapping)
+    kernels.gradients(backend, [*students, *teachers], slopes, scale, p, mapping)
+    kernels.gradients(backend, students[:1], slopes[:1], None, p, mapping)
     assert [wanted[0] for wanted, _ in launches] == [*KERNELS, "gradients_kernel"]
     for wanted, arrived in launches:
         assert arrived == wanted
@@ -116,10 +116,8 @@ def test_no_size_of_a_batch_is_compiled_anew(launches: list) -> None:
         students, teachers = (
             [feature(batch, c, n, n) for c, n in ((16, 16), (32, 8), (2 * width, 7))] for width in (32, 16)
         )
-        _, slopes, _ = backend.attention_loss(
-            students, teachers, [1.0] * 3, 2, "sum", 1e-12, True, True, False, False
-        )
-        backend.attention_maps_backward(students, slopes, torch.ones(()), 2, "sum")
+        slopes = kernels.loss(backend, students, teachers).student_slopes
+        kernels.gradients(backend, students, slopes, torch.ones(()))
         counts.append(variants())
     assert len(launches) == 8 * 3
     assert counts[0] == counts[-2], counts

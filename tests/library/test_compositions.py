@@ -14,6 +14,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import cases
+import kernels
 import pytest
 import torch
 from cases import each_backend, feature
@@ -222,11 +223,12 @@ def test_opcheck(mapping: str, backend: str) -> None:
         args = (s_feats, maps, scale, 2.0, mapping, backend)
         torch.library.opcheck(ops.attention_maps_backward.default, args)
     for reduce, slopes, grads in [(True, False, False), (False, True, False), (True, True, True)]:
-        args = ([1.0, 0.5], 2.0, mapping, 1e-12, reduce)
-        torch.library.opcheck(ops.attention_loss.default, (s_feats, t_feats, *args, backend))
-        detached = ([feat.detach() for feat in feats] for feats in (s_feats, t_feats))
-        args = (*detached, *args, slopes, slopes, grads, backend)
-        torch.library.opcheck(ops.attention_loss_forward.default, args)
+        args = ([1.0, 0.5], 2.0, mapping, 1e-12)
+        torch.library.opcheck(ops.attention_loss.default, (s_feats, t_feats, *args, reduce, backend))
+        students, teachers = ([feat.detach() for feat in feats] for feats in (s_feats, t_feats))
+        wanted = {"student_slopes": slopes, "teacher_slopes": slopes, "grads": grads}
+        found = kernels.outputs(students, teachers, reduce=reduce, **wanted)
+        torch.library.opcheck(ops.fill_loss.default, (students, teachers, *args, backend, *found))
 
 
 @each_fused
@@ -568,13 +570,13 @@ def test_forward_mode_is_refused(backend: str) -> None:
 def test_nothing_is_computed_unasked(
     mode, students, teachers, options: dict, slopes, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slopes only of a side that is trained; gradients ahead only where backward is sure to want them all."""
+    """Slopes only of a side that is trained; early gradients only where backward is sure to want them all."""
     module = at_fused.backends.modules[backend]
     asked: list[tuple[bool, ...]] = []
 
-    def attention_loss(*args, forward=module.attention_loss):
-        asked.append(args[-3:])
-        return forward(*args)
+    def attention_loss(students, teachers, weights, outputs, *, forward=module.attention_loss, **options):
+        asked.append((bool(outputs.student_slopes), bool(outputs.teacher_slopes), bool(outputs.grads)))
+        forward(students, teachers, weights, outputs, **options)
 
     monkeypatch.setattr(module, "attention_loss", attention_loss)
     s_feats, t_feats = features(cases.device_of(backend), same_grid=True)
@@ -584,12 +586,12 @@ def test_nothing_is_computed_unasked(
         feat.requires_grad_(trained)
     with mode():
         at_fused.attention_loss(s_feats, t_feats, backend=backend, **options)
-    *sides, ahead = asked[-1]
+    *sides, early = asked[-1]
     assert tuple(sides) == slopes
     sure = all(students) and not any(teachers) and not options
-    assert not ahead or sure
+    assert not early or sure
     if backend == "cpu" and mode is torch.enable_grad:
-        assert ahead == sure
+        assert early == sure
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -639,7 +641,7 @@ def test_only_the_gradient_is_as_big_as_an_activation(layout, dtype: torch.dtype
 
 @each_fused
 def test_a_scaled_loss_costs_no_second_gradient(backend: str) -> None:
-    """A gradient computed ahead for an upstream of 1 is no use under GradScaler: at most one step has it."""
+    """An early gradient, for an upstream of 1, is no use under GradScaler: at most one step has it."""
     if cases.device_of(backend) == "cuda" or backend == "triton":
         pytest.skip("counts the CPU allocator; the interpreter of Triton allocates what it likes")
     s, t = feature(4, 64, 32, 32, seed=1), feature(4, 64, 32, 32, seed=2).detach()

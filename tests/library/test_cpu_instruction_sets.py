@@ -29,7 +29,7 @@ def test_gradients_anywhere_in_memory(layout: torch.memory_format, dtype: torch.
     for first in (0, 1):
         grad = torch.full((feat.numel() + 2,), -7, dtype=dtype)
         grads.append(grad[first:].as_strided(feat.shape, feat.stride()))
-        torch.ops.at_fused_cpu.attention_maps_backward([feat], [slopes], None, [grads[-1]], 2.0, False)
+        torch.ops.at_fused_cpu.attention_maps_backward([feat], [slopes], None, [], [grads[-1]], 2.0, False)
         outside = torch.cat([grad[:first], grad[first + feat.numel() :]])
         assert (outside == -7).all()
     assert torch.equal(*grads)
@@ -44,7 +44,7 @@ def test_fresh_memory_gets_the_same_bits(layout: torch.memory_format) -> None:
     slopes = torch.randn(32, 64, 64)
     fresh, written = torch.empty_like(feat), torch.zeros_like(feat)
     for grad in (fresh, written):
-        torch.ops.at_fused_cpu.attention_maps_backward([feat], [slopes], None, [grad], 2.0, False)
+        torch.ops.at_fused_cpu.attention_maps_backward([feat], [slopes], None, [], [grad], 2.0, False)
     assert torch.equal(fresh, written)
     torch.testing.assert_close(fresh, 2 * slopes[:, None] * feat, rtol=1e-6, atol=0)
 

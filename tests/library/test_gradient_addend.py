@@ -83,8 +83,8 @@ def test_an_addend_of_other_strides_is_refused() -> None:
             [feat],
             [torch.rand(2, 4, 5)],
             None,
+            [cases.channels_last(feat)],
             [torch.empty_like(feat)],
             2.0,
             False,
-            [cases.channels_last(feat)],
         )

@@ -40,7 +40,7 @@ def test_threads_that_share_the_library(backend: str) -> None:
     expected = [value_and_gradients(backend, seed) for seed in range(4)]
 
     def work(turn: int) -> bool:
-        if turn % 3 == 0:  # turns the gradient computed ahead of backward off for the next call of anybody
+        if turn % 3 == 0:  # turns the early gradient off for the next call of anybody
             x, y = feature(2, 3, 4, 4).detach().requires_grad_(), feature(2, 3, 4, 4).detach()
             (at_fused.attention_loss(x, y, backend="auto") * 2).backward()
         return same(value_and_gradients(backend, turn % 4), expected[turn % 4])

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import cases
+import kernels
 import pytest
 import torch
 from cases import feature
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import at_fused
 from at_fused import backends
+from at_fused._outputs import empty_map, empty_maps
 
 triton = pytest.importorskip("triton")
 backend = backends.modules["triton"]
@@ -119,7 +121,7 @@ def every_kind() -> list[Tensor]:
 
 
 def layout_of(feat: Tensor) -> Any:
-    attention = backend.empty_map(feat)
+    attention = empty_map(feat)
     return backend._layout(feat.dtype, "sum", feat.shape, feat.stride(), attention.stride())
 
 
@@ -145,8 +147,8 @@ def test_every_specialisation_compiles_without_spilling(
     """A launch for each dtype: one of all 19 kinds, which no call has, keeps 8 bytes on the stack."""
     for dtype in cases.DTYPES:
         feats = [feat for feat in every_kind() if feat.dtype == dtype]
-        maps = backend.attention_maps(feats, p, mapping)
-        backend.attention_maps_backward(feats, maps, torch.ones(()), p, mapping)
+        maps = kernels.maps(backend, feats, p, mapping)
+        kernels.gradients(backend, feats, maps, torch.ones(()), p, mapping)
     for launch in launches:
         used = resources(launch.compile(architecture), tmp_path)
         assert used["STACK"] == used["LOCAL"] == 0, f"{launch.kernel}: {used}"
@@ -165,8 +167,8 @@ def test_the_loss_of_maps_compiles_without_spilling(
     tmp_path: Path,
 ) -> None:
     feats = [feature(3, 4, 5, 5, dtype=dtype).detach() for dtype in (torch.float64, torch.float16)]
-    options = (2.0, "sum", 1e-12, reduce, student_slopes, teacher_slopes, False)
-    backend.attention_loss(feats, feats, [1.0, 0.5], *options)
+    wanted = {"reduce": reduce, "student_slopes": student_slopes, "teacher_slopes": teacher_slopes}
+    kernels.loss(backend, feats, feats, **wanted)
     used = resources(launches[1].compile(architecture), tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0, used
 
@@ -203,8 +205,7 @@ def test_accesses_are_as_wide_as_the_layout_allows(
 ) -> None:
     """On every architecture in bf16; the other dtypes take the same way there."""
     feat = feature(*shape, dtype=dtype, layout=layout).detach()
-    (attention,) = backend.attention_maps([feat], 2, "sum")
-    backend.attention_maps_backward([feat], [attention], None, 2, "sum")
+    kernels.gradients(backend, [feat], kernels.maps(backend, [feat]))
     element = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).bits
     # As often as the tile asks for, and no more: 128 threads, each its part of the elements.
     kind, width = layout_of(feat).kind, bits // 8 // dtype.itemsize
@@ -240,15 +241,17 @@ def test_two_launches_forward_and_one_backward(mapping: str, reduce: bool, launc
     students = every_kind()
     teachers = [feature(*x.shape, seed=1, dtype=x.dtype, layout=cases.channels_last) for x in students]
     with Operators() as called:
-        options = (2.5, mapping, 1e-12, reduce, True, True, False)
-        _, slopes, _ = backend.attention_loss(students, teachers, [0.5] * len(students), *options)
+        found = kernels.loss(
+            backend, students, teachers, None, 2.5, mapping, reduce=reduce, teacher_slopes=True
+        )
     assert [launch.kernel for launch in launches] == ["maps_kernel", "loss_kernel"]
     assert called.names <= {"empty"}
     launches.clear()
 
     scale = torch.ones(()) if reduce else torch.ones(()).expand(2 * len(students))
     with Operators() as called:
-        backend.attention_maps_backward([*students, *teachers], slopes, scale, 2.5, mapping)
+        slopes = [*found.student_slopes, *found.teacher_slopes]
+        kernels.gradients(backend, [*students, *teachers], slopes, scale, 2.5, mapping)
     assert [launch.kernel for launch in launches] == ["gradients_kernel"]
     assert called.names <= {"empty_like"}
 
@@ -256,7 +259,7 @@ def test_two_launches_forward_and_one_backward(mapping: str, reduce: bool, launc
 def test_a_map_gradient_is_read_where_it_is(launches: list[Launch]) -> None:
     """sum() hands back one number, expanded."""
     feat, expanded = feature(2, 3, 4, 5).detach(), torch.ones(()).expand(2, 4, 5)
-    backend.attention_maps_backward([feat], [expanded], None, 2, "sum")
+    kernels.gradients(backend, [feat], [expanded])
     ((tensor, *strides),) = launches[0].arguments[1]
     assert tensor is expanded
     assert strides == [0, (0,)]
@@ -264,11 +267,9 @@ def test_a_map_gradient_is_read_where_it_is(launches: list[Launch]) -> None:
 
 def test_nothing_is_launched_for_an_empty_batch(launches: list[Launch]) -> None:
     empty = feature(0, 3, 4, 4).detach()
-    loss, slopes, _ = backend.attention_loss(
-        [empty], [empty], [1.0], 2, "sum", 1e-12, True, True, False, False
-    )
-    assert loss == 0
-    backend.attention_maps_backward([empty], slopes, loss, 2, "sum")
+    found = kernels.loss(backend, [empty], [empty])
+    assert found.loss == 0
+    kernels.gradients(backend, [empty], found.student_slopes, found.loss)
     assert sum(launch.programs for launch in launches) == 0
 
 
@@ -296,8 +297,7 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPa
     for name in ("maps_kernel", "loss_kernel", "gradients_kernel"):
         monkeypatch.setattr(_triton_kernels, name, Kernel())
     feat = feature(2, 4, 3, 3).detach()
-    _, slopes, _ = backend.attention_loss([feat], [feat], [1.0], 2, "sum", 1e-12, True, True, False, False)
-    backend.attention_maps_backward([feat], slopes, None, 2, "sum")
+    kernels.gradients(backend, [feat], kernels.loss(backend, [feat], [feat]).student_slopes)
     assert launched == [((4,), feat.device), ((2,), feat.device), ((2,), feat.device)]
 
 
@@ -360,9 +360,8 @@ def test_triton_knows_every_option(target: str, architecture: int | str) -> None
 def test_kernels_compile_for_amd(launches: list[Launch]) -> None:
     feats = [feat for feat in every_kind() if feat.dtype in (torch.bfloat16, torch.float32)]
     for mapping in ("sum", "max"):
-        options = (2.0, mapping, 1e-12, True, True, False, False)
-        backend.attention_loss(feats, feats, [1.0] * len(feats), *options)
-        backend.attention_maps_backward(feats, [backend.empty_map(x) for x in feats], None, 2.0, mapping)
+        kernels.loss(backend, feats, feats, mapping=mapping)
+        kernels.gradients(backend, feats, empty_maps(feats), mapping=mapping)
     for launch in launches:
         assert launch.compile("gfx942").asm["hsaco"]
 
