@@ -78,7 +78,7 @@ def train_epoch(run: Run, stop: distributed.StopRequest) -> int:
     epoch = progress.step // run.steps_per_epoch
     begun = time.perf_counter() - progress.seconds
     if run.cache is not None:
-        every = [_batch(run, step) for step in range(run.steps_per_epoch)]
+        every = [batch_places(run, step) for step in range(run.steps_per_epoch)]
         if signal := run.cache.begin_epoch(epoch, every, stop.poll, run.reporter.say):
             return signal
     signal = train_steps(run, stop, begun)
@@ -133,7 +133,7 @@ def train_steps(run: Run, stop: distributed.StopRequest, begun: float) -> int:
     epoch, first = divmod(progress.step, run.steps_per_epoch)
     build.train_mode(run.student, config.freeze_bn)
     run.reporter.begin_epoch(epoch + 1, config.epochs)
-    parts = [_batch(run, step) for step in range(first, run.steps_per_epoch)]
+    parts = [batch_places(run, step) for step in range(first, run.steps_per_epoch)]
     places = [run.mixing.places(part) for part in parts]
     batches = run.dataset.training_batches(config.seed, epoch, places, config.augment_cycle)
     signal = 0
@@ -154,7 +154,7 @@ def train_steps(run: Run, stop: distributed.StopRequest, begun: float) -> int:
     return signal
 
 
-def _batch(run: Run, step: int) -> slice:
+def batch_places(run: Run, step: int) -> slice:
     """Places in the epoch of the global batch of its `step`-th step."""
     size = run.config.batch_size
     return slice(step * size, min((step + 1) * size, len(run.dataset.train)))

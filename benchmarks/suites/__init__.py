@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.report import Result, Row
 
-NAMES = ("loss", "memory", "scaling", "step", "trainer", "footprint")
+NAMES = ("loss", "memory", "scaling", "step", "trainer", "teacher", "footprint")
 
 
 class Suite(Protocol):

@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,9 @@ from benchmarks.loss.workloads import WORKLOADS, Cell, select_cells, sweep_cells
 from benchmarks.measure import counters, timing
 from benchmarks.suites import step as step_suite
 from benchmarks.suites import step_probe
+from benchmarks.suites import teacher as teacher_suite
+from trainer import loop
+from trainer.run import Run
 
 CPU = torch.device("cpu")
 PROVIDERS = providers.providers(CPU)
@@ -592,6 +596,27 @@ def test_quick_scaling_run(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "scaling-cpu.json").read_text())["rows"]
     assert [(row["batch"], row["channels"]) for row in rows] == [(1, 128), (2, 128), (32, 16), (32, 32)]
     assert (tmp_path / "scaling-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_quick_teacher_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A filled cache is read: from then on no teacher runs."""
+    asked: list[str] = []
+    train_step = loop.train_step
+
+    def recorded(of: Run, images: Tensor, targets: Tensor, batch: int, taught: Any) -> None:
+        asked.append("alone" if of.teacher is None else "teacher" if taught is None else "cache")
+        train_step(of, images, targets, batch, taught)
+
+    monkeypatch.setattr(loop, "train_step", recorded)
+    command = ["--suite", "teacher", "--quick", "--threads", "1", "--rounds", "2", "--out", str(tmp_path)]
+    assert run.main(command) == 0
+    rows = json.loads((tmp_path / "teacher-cpu.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == [*teacher_suite.FORMS, "as given", "folded"]
+    assert rows[0]["ratio"] == 1
+    for row in rows[:3]:
+        assert row["ratio_p20"] <= row["ratio"] <= row["ratio_p80"]
+    assert [asked.count(what) for what in ("alone", "teacher", "cache")] == [8, 8, 8]
 
 
 @pytest.mark.slow
