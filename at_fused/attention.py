@@ -112,7 +112,7 @@ def attention_loss(
             map (H, W), N tokens are the rows of a grid of H : W.
         channel_dim: dimension of the channels in every feature, or one per pair; -1 for (B, N, C) tokens.
         t_channel_dim: the same for the teacher's; None: as the student's.
-        eps: lower bound of the norms, applied in fp32; with 0 a map of zeros gives NaN.
+        eps: lower bound of the norms (1e-12 by default), applied in fp32; with 0 a map of zeros gives NaN.
         masks: which positions count: per pair a bool tensor (B, *spatial) of the student's sizes, or None
             for all. Both maps become Q * mask before they are normalised, "mse" is the mean over the
             positions of each sample that count, and a sample without any contributes 0: a padded sample

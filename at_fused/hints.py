@@ -33,8 +33,10 @@ class FeatureHints(nn.Module):
 
     ```
     hints = at_fused.FeatureHints([16, 32, 64], [32, 64, 128])
-    optimizer = SGD([*student.parameters(), *hints.parameters()], lr=0.1)
-    loss = cross_entropy + beta * hints(s_taps.features, t_taps.features)    # beta decays in the paper
+    parameters = [*student.parameters(), *hints.parameters()]
+    optimizer = SGD(parameters, lr=0.1)
+    term = hints(s_taps.features, t_taps.features)
+    loss = cross_entropy + beta * term  # beta decays in the paper
     ```
 
     Args:

@@ -62,7 +62,7 @@ class AttentionTransfer(Tapping):
             Against a map (H, W), N tokens are the rows of a grid of H : W.
         channel_dim: dimension of the channels in the student's features, one for all or one per pair.
         t_channel_dim: the same for the teacher's; None: as the student's.
-        eps: lower bound of the norms.
+        eps: lower bound of the norms (1e-12 by default).
         backend: "auto", or one of `available_backends()`.
 
     Attributes:

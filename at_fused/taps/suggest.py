@@ -16,7 +16,7 @@ from .grid import Grid, find_grid
 
 
 class Level(NamedTuple):
-    """The last feature of a resolution: the module that returns it, where within that, and how it lies."""
+    """The last feature of a resolution: the module that returns it, where in its output, and its layout."""
 
     module: str
     item: str  # such as "[0]" or "['last_hidden_state']" where the module returns no tensor; else ""
@@ -30,26 +30,28 @@ class Level(NamedTuple):
 
 
 def suggest_taps(model: nn.Module, images: Tensor) -> dict[str, torch.Size]:
-    """The module that ends each resolution of `model`, from input to output: the shape of its feature.
+    """The last module of each resolution of `model`, from input to output, with the shape of its feature.
 
-    These are what one compares where nothing speaks for others: the paper takes the last layer of each group
-    (section 3.1). The keys are names as `FeatureTaps` and `AttentionTransfer` take them: they select, in what
-    a module returns, a tensor ("encoder[0]"), and of tokens those of the image ("blocks.11[:, 1:]").
+    Compare these unless you have a reason for others: the paper takes the last layer of each group (section
+    3.1). The keys are names that `FeatureTaps` and `AttentionTransfer` take. Where a module returns several
+    tensors, a name selects one ("encoder[0]"); of tokens it selects the image's ("blocks.11[:, 1:]").
 
     ```
-    taps = at_fused.suggest_taps(model, torch.randn(1, 3, 224, 224))
-    transfer = at_fused.AttentionTransfer(model, teacher, list(taps)[-2:], ["layer3", "layer4"])
+    taps = list(at_fused.suggest_taps(model, torch.randn(1, 3, 224, 224)))
+    t_taps = ["layer3", "layer4"]
+    transfer = at_fused.AttentionTransfer(model, teacher, taps[-2:], t_taps)
     ```
 
     Args:
         model: any module that takes `images`. It runs once, in eval mode, without gradients; its state stays.
-        images: (B, channels, H, W), as the model gets them.
+        images: (B, channels, H, W), as the model takes them.
 
     Returns:
-        Shapes (B, C, h, w); or, with the channels last, (B, h, w, C) and tokens (B, N, C): channel_dim=-1.
+        name -> shape of the feature: (B, C, h, w), or with the channels last (`channel_dim=-1`) (B, h, w, C)
+            or, for tokens, (B, N, C).
 
     Raises:
-        ValueError: the model puts out nothing that has the images' positions.
+        ValueError: no output of a module has the images' positions.
     """
     return {level.name: level.shape for level in levels(model, images)}
 

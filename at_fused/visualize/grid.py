@@ -42,9 +42,11 @@ def attention_grid(
     paper). With several there is a row per image and network, the exponents side by side (Figure 4).
 
     ```
-    with FeatureTaps(student, names) as s, FeatureTaps(teacher, names) as t, torch.no_grad():
+    s, t = FeatureTaps(student, names), FeatureTaps(teacher, names)
+    with s, t, torch.no_grad():
         student(x), teacher(x)
-        figure = attention_grid(images, {"student": s.features, "teacher": t.features}, compare_to="teacher")
+        networks = {"student": s.features, "teacher": t.features}
+        figure = attention_grid(images, networks, compare_to="teacher")
     figure.savefig("maps.png")
     ```
 

@@ -27,7 +27,7 @@ from models import torchvision_compat  # noqa: F401  (before torchvision)
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
-TEXTS = [*PAGES, *(ROOT / name for name in TOP), ROOT / "benchmarks/README.md"]
+TEXTS = [*PAGES, *(ROOT / name for name in (*TOP, "benchmarks/README.md", "recipes/README.md"))]
 TEXTS = [path for path in TEXTS if path.exists()]
 WRAPPED = [*PAGES, ROOT / "README.md"]  # code in 80 columns, commands that are checked
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -212,14 +212,22 @@ def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the commands can be run ------------------------------------------------------------------------
 
 
-STARTED = re.compile(r"(?:[A-Z_]+=\S* )*((?:python|torchrun|make|pip|at-fused|\.venv/bin/\w+) .*)")
+STARTED = re.compile(r"(?:[A-Z_]+=\S* )*((?:python|torchrun|make|pip|pytest|at-fused|\.venv/bin/\w+) .*)")
+EXPORT = re.compile(r"export (?:[A-Z_]+=\S*\s*)+$")
 
 
 def commands(path: Path) -> list[list[str]]:
-    """The words of each command in the blocks that are no Python, without the variables before it."""
-    blocks = [code for language, code in FENCE.findall(path.read_text()) if not language]
-    lines = [line for code in blocks for line in code.replace("\\\n", " ").splitlines()]
-    return [shlex.split(match[1], comments=True) for line in lines if (match := STARTED.match(line))]
+    """The words of each command in the blocks of no language, without the variables before it."""
+    found = []
+    for language, code in FENCE.findall(path.read_text()):
+        if language or "│" in code:  # a drawing
+            continue
+        for line in code.replace("\\\n", " ").splitlines():
+            if line.strip() and not EXPORT.match(line):
+                command = STARTED.match(line)
+                assert command, f"{path.name}: not a command that this test knows: {line}"
+                found.append(shlex.split(command[1], comments=True))
+    return found
 
 
 def parse_train(words: list[str]) -> None:
@@ -279,7 +287,9 @@ def check(words: list[str]) -> None:
     if program == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), rest
         return None
-    if program == "pip" or rest[:2] == ["-m", "pip"]:
+    if program == "pytest":
+        return None
+    if program.endswith("pip") or rest[:2] == ["-m", "pip"]:
         extras = set(re.findall(r"\[([\w,]+)\]", " ".join(rest)))
         known = re.findall(r"^(\w+) = \[$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
         assert {extra for group in extras for extra in group.split(",")} <= set(known)
@@ -295,7 +305,7 @@ def check(words: list[str]) -> None:
     return None
 
 
-@pytest.mark.parametrize("path", WRAPPED, ids=lambda path: path.relative_to(ROOT).as_posix())
+@each_text
 def test_commands_exist_and_understand_their_flags(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +320,26 @@ def test_commands_exist_and_understand_their_flags(
             check(words)
         except Exception as error:
             raise AssertionError(f"{' '.join(words)}: {error}") from error
+
+
+def test_the_forms_of_taps_are_taken() -> None:
+    from trainer.config import make_config
+
+    blocks = [code for language, code in FENCE.findall((ROOT / "docs/models.md").read_text()) if language]
+    forms = [
+        yaml.safe_load(form)
+        for code in blocks
+        for form in re.split(r"^(?=taps:)", code, flags=re.M)
+        if form[:4] == "taps"
+    ]
+    assert len(forms) == 4
+    run = {"student": "wrn-16-1", "teacher": "wrn-16-2", "method": "at", "teacher-checkpoint": "model.pt"}
+    for form in forms:
+        config = make_config(run | {"dataset": "digits", "output-dir": "runs/x"} | form)
+        if "student" in form["taps"][0]:  # a list of pairs
+            assert [pair.student for pair in config.taps] == [pair["student"] for pair in form["taps"]]
+        else:
+            assert config.taps == form["taps"]
 
 
 def test_the_page_of_keys_is_the_configurations() -> None:
