@@ -336,7 +336,7 @@ def test_the_forms_of_taps_are_taken() -> None:
     run = {"student": "wrn-16-1", "teacher": "wrn-16-2", "method": "at", "teacher-checkpoint": "model.pt"}
     for form in forms:
         config = make_config(run | {"dataset": "digits", "output-dir": "runs/x"} | form)
-        if "student" in list(form["taps"])[0]:  # a list of pairs
+        if "student" in next(iter(form["taps"])):  # a list of pairs
             assert [pair.student for pair in config.taps] == [pair["student"] for pair in form["taps"]]
         else:
             assert config.taps == form["taps"]
