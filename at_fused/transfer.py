@@ -257,14 +257,17 @@ class AttentionTransfer(Tapping):
         self, s_name: str, t_name: str, student: Tensor, teacher: Tensor, dims: tuple[int, int]
     ) -> None:
         """Raise what keeps two maps (B, *spatial) from being compared."""
-        pair = f"{s_name!r} {described(student)} and {t_name!r} {described(teacher)}"
+
+        def pair() -> str:
+            names = f"{s_name!r} {described(student)} and {t_name!r} {described(teacher)}"
+            return f"the maps of student and teacher, {names},"
+
         if student.shape[:1] != teacher.shape[:1]:
             raise RuntimeError(
-                f"the maps of student and teacher, {pair}, differ in batch size: run both models on the same "
-                "images before each call"
+                f"{pair()} differ in batch size: run both models on the same images before each call"
             )
         if problem := map_mismatch(student, teacher, self.distance["resize"]):
-            raise ValueError(f"the maps of student and teacher, {pair}, {problem}")
+            raise ValueError(f"{pair()} {problem}")
         warn_if_tokens_in_a_line(student.shape[1:], teacher.shape[1:], dims, f"{s_name!r} and {t_name!r}")
         if self.distance["normalize"] and student.shape[1:].numel() == 1:
             self._warn(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from at_fused._files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,15 +50,10 @@ def save(figure: Figure, out: Path) -> None:
     """
     picture = io.BytesIO()
     figure.savefig(picture, format=_format(out))
-    target = out.resolve()  # a link stays a link
-    temporary = target.with_name(f".visualize.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(picture.getvalue())
-        os.replace(temporary, target)
+        write_atomically(out.resolve(), picture.getvalue())  # a link stays a link
     except OSError as error:
         raise ValueError(f"--out {out}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _format(out: Path) -> str:
