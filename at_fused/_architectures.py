@@ -61,7 +61,7 @@ def find(name: str) -> Architecture:
     Raises:
         ValueError: there is none; lists close names, and the libraries that cannot be imported.
     """
-    if ":" in name:
+    if ":" in name or name.endswith(".py"):  # the latter lacks its factory
         return elsewhere(name)
     library, _, own_name = name.rpartition("/")
     libraries = {"zoo": _zoo, "torchvision": _torchvision, "timm": _timm}

@@ -115,8 +115,6 @@ def create(name: str, num_classes: int = 10, **options: Any) -> TappedModel:
     for _, pattern, build in _FAMILIES:
         if match := re.fullmatch(pattern, name):
             return build(match, num_classes, **options)
-    if name.endswith(".py"):
-        raise UnknownModel(f"{name!r} names no function of that file that makes a model: {name}:FUNCTION")
     raise UnknownModel(
         f"unknown model {name!r}; there are: {', '.join(available())}; by train.py also "
         f"{_architectures.ELSEWHERE}"
@@ -135,7 +133,7 @@ def architecture(name: str) -> Architecture:
         UnknownModel: a name that is none of them.
         ValueError: a name that the library or the code does not have, or one that cannot be imported.
     """
-    if ":" in name:
+    if ":" in name or name.endswith(".py"):  # the latter lacks its factory
         return _architectures.elsewhere(name)
     if not any(re.fullmatch(pattern, name) for _, pattern, _ in _FAMILIES):
         create(name)  # which raises
