@@ -141,10 +141,10 @@ class ModelTaps:
         )
 
     def lost_gradient(self, name: str, *, student: bool = False) -> str | None:
-        """Why a feature that ought to carry a gradient does not, and the cure; None where all is well.
+        """Why a feature that should have a gradient has none, and what to do; None if all is well.
 
-        A feature of frozen parameters alone has none by right, and one of a pass without gradients has none
-        unless the model is known to be the `student`.
+        A feature of frozen parameters alone needs none, nor does one of a pass without gradients unless the
+        model is known to be the `student`.
         """
         record = self.pass_.records[name]
         if record.feature_grad or self._frozen(name, record):
@@ -166,7 +166,7 @@ class ModelTaps:
         return None
 
     def _frozen(self, name: str, record: Record) -> bool:
-        """Whether a feature has no gradient by right: no parameter that it can depend on requires one.
+        """Whether a feature needs no gradient: no parameter that it can depend on requires one.
 
         It depends on the modules registered before it; or on a frozen part of the model alone, such as the
         teacher in a module that owns both, whose input requires no gradient.

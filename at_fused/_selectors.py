@@ -27,7 +27,7 @@ class Selector(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The last of a path: tokens (B, N, C) become (B, rows, columns, C); 0 and 0 stand for a square."""
+    """The last of a path: tokens (B, N, C) become (B, rows, columns, C); 0 and 0 mean a square."""
 
     rows: int = 0
     columns: int = 0

@@ -32,8 +32,8 @@ def distillation_loss(
             for data without labels: the loss is then `alpha * T^2 * KL`.
         temperature: T > 0; the paper uses 4 for residual networks.
         alpha: weight of the soft part, in [0, 1]; the paper uses 0.9.
-        ignore_index: the class index that stands for "no label". Positions that the teacher shall not
-            teach either, such as padding, are to be left out of all three tensors.
+        ignore_index: the class index that means "no label". Positions that the teacher should not teach
+            either, such as padding, must be left out of all three tensors.
 
     Returns:
         Scalar in fp32 (fp64 for fp64 logits). Gradients flow to the logits that require them, the teacher's
@@ -41,8 +41,8 @@ def distillation_loss(
 
     Raises:
         TypeError: logits that are not floating-point tensors, targets of another kind, T or alpha no number.
-        ValueError: the shapes do not fit, T <= 0, or alpha outside [0, 1]; on the CPU (a GPU would have to be
-            waited for) a class index that is out of range.
+        ValueError: the shapes do not fit, T <= 0, or alpha outside [0, 1]; a class index that is out of
+            range (checked on the CPU only: a GPU would have to wait).
     """
     for logits in (s_logits, t_logits):
         if not isinstance(logits, Tensor) or not logits.is_floating_point():

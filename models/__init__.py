@@ -90,7 +90,7 @@ _FAMILIES: list[tuple[list[str], str, Builder]] = [
 def available() -> list[str]:
     """Names that `create` understands; `wrn-D-K` stands for any depth D = 6n + 4 and width K >= 1.
 
-    What stands in brackets may be left out: `-nobn` is without BatchNorm, `-rawpool` without ReLU before
+    Suffixes in brackets are optional: `-nobn` is without BatchNorm, `-rawpool` without ReLU before
     pooling, so `nin-thin-nobn-rawpool` is the student of the paper's Table 3. `resnet20` and the like (no
     hyphen) are for small images, with `x4` of four times the channels; `authors-resnet-18` and `-34` are from
     the authors' ImageNet code.

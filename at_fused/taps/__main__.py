@@ -24,7 +24,7 @@ examples:
 
 @lenient_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 2 after a mistake, which is told in one line."""
+    """Returns the exit code: 2 after a mistake, which is reported in one line."""
     try:
         print(_told(_parse(argv)))
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:

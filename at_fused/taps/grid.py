@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..reference import are_proportional, tokens_grid
 
-# Tokens that may stand before those of the image: for class and distillation, and 1, 4 or 8 registers.
+# Numbers of tokens that may precede those of the image: for class and distillation, and 1, 4 or 8 registers.
 _BEFORE = (0, 1, 2, 4, 5, 8, 9)
 
 

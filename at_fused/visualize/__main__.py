@@ -26,7 +26,7 @@ from .pictures import Images
 
 @lenient_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 2 after a mistake, which is told in one line."""
+    """Returns the exit code: 2 after a mistake, which is reported in one line."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *details: _tell(f"warning: {message}")
         try:
@@ -113,7 +113,7 @@ def _load_networks(args: argparse.Namespace) -> tuple[dict[str, Network], str]:
 
 
 def _titles(models: list[str]) -> list[str]:
-    """The models' names, without their libraries and numbered, as far as that tells them apart."""
+    """The models' names, without their libraries where that suffices; equal ones are numbered."""
     short = {name: name.replace("/", ":").rpartition(":")[2] for name in models}
     shared = [name for name in models if list(short.values()).count(short[name]) > 1]
     titles = [name if name in shared else short[name] for name in models]

@@ -27,7 +27,7 @@ _OPACITY = 0.6  # of a map over its image
 
 @dataclass(frozen=True)
 class Row:
-    """A line of pictures: whose image, and whose maps stand side by side in each group."""
+    """A line of pictures: the image, and the networks whose maps are side by side in each group."""
 
     image: int
     keys: Sequence[Key]

@@ -61,7 +61,7 @@ def attention_grid(
         captions: name of a network -> a text per image, such as its prediction, shown above its first map.
         compare_to: name of the network with which the others' maps are compared: the cosine similarity of
             the two maps is written below each (1 where the AT loss of section 3.1 is 0).
-        p: exponent of the maps, or several.
+        p: exponent of the maps, or several exponents.
         mapping: "sum" or "max", as in `attention_map`.
         scale: "own" draws each map from 0 to its own maximum. "group" divides the maps by their l2 norm, as
             the loss does, and gives those of one image and group one scale: it shows whose are more focused.

@@ -108,7 +108,7 @@ def _contains(folder: str, paths: Iterable[str]) -> bool:
 
 
 def told(left_out: LeftOut) -> str:
-    """In words, such as "12 .heic, 3 hidden"; nothing where nothing is left out."""
+    """A text such as "12 .heic, 3 hidden"; empty if nothing was left out."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{count} {kind}" for kind, count in ordered[:KINDS_TOLD]]
     if rest := sum(count for _, count in ordered[KINDS_TOLD:]):

@@ -1,4 +1,4 @@
-"""Where the parts of a grid of maps stand, in inches from the top left corner."""
+"""The positions of the parts of a grid of maps, in inches from the top left corner."""
 
 from __future__ import annotations
 
