@@ -21,7 +21,7 @@ from trainer.taps import split
 
 FIRST = "--recipe recipes/demo/student.yaml --output-dir runs/first"  # needs no data, takes seconds on a CPU
 
-# By the first of its keys, in the order of Config: a new key belongs to the group that it stands in there.
+# Each group by its first key, in the order of Config: a new key belongs to the group around it there.
 GROUPS = {
     "dataset": "data",
     "student": "networks",

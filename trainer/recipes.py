@@ -12,7 +12,7 @@ from trainer.errors import ConfigError
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently take the last."""
+    """Refuses a key that occurs twice; YAML would silently take the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -25,9 +25,9 @@ class _RecipeLoader(yaml.SafeLoader):
 
 
 def load_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Keys of a recipe file: those of its `base`, its own over them.
+    """The keys of a recipe file: those of its `base`, overridden by its own.
 
-    A base is a path relative to the file; of several, each lies over those before it.
+    A base is a path relative to the file; of several, each overrides those before it.
     """
     path = path.resolve()
     if path in above:

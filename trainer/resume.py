@@ -102,7 +102,7 @@ def _resumable(stored: dict[str, Any], path: Path, config: Config) -> dict[str, 
             f"checkpoint {path} cannot be resumed from: it has format {found}, which another version of "
             f"train.py has written; this one reads format {checkpoint.FORMAT}"
         )
-    # The teacher's weights are compared, wherever they lie; earlier versions stored the path alone.
+    # The teacher's weights are compared, not their path; earlier versions stored only the path.
     free = ["teacher-checkpoint"] if "teacher" in stored else []
     _check_same_run(stored["config"], config, f"checkpoint {path}", free)
     return stored

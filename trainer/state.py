@@ -20,7 +20,7 @@ Metrics = dict[str, Any]  # of an epoch, by name
 
 @dataclass
 class Progress:
-    """Where the training stands, besides weights and optimizer: everything else follows from `step`."""
+    """How far the training is, without weights and optimizer; everything else follows from `step`."""
 
     step: int = 0
     history: list[Metrics] = field(default_factory=list)

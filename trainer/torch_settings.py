@@ -38,7 +38,7 @@ def set_up_torch(config: Config, ranks: Ranks) -> None:
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """Around the networks' passes."""
+    """The autocast context for the networks' forward passes."""
     dtype = AMP_DTYPES.get(config.amp)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 

@@ -27,12 +27,12 @@ def repeated_from(epoch: int, cycle: int) -> int:
 
 
 def places(order: Tensor, earlier: Tensor) -> Tensor:
-    """Where the images of `order` stood in an `earlier` order of the same images."""
+    """The positions that the images of `order` had in an `earlier` order of the same images."""
     return earlier.argsort()[order]
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Indices of `count` labels (N,), balanced over classes as far as they go, drawn by `seed`."""
+    """Indices of `count` of the labels (N,), drawn by `seed`, balanced over classes as far as possible."""
     shuffled = torch.randperm(len(labels), generator=generator("subset", seed))
     of = labels[shuffled]
     turn = torch.zeros_like(of)  # 0 for the first of its class in the shuffled order, 1 for the second, ...

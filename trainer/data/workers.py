@@ -1,4 +1,4 @@
-"""The processes that load images: whose signals they heed, what they hand over, and how their end is told."""
+"""The processes that load images: the signals they obey, what they send, what is reported if one dies."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ FULL = "unable to allocate shared memory"
 
 
 class WorkerDied(RuntimeError):
-    """A data worker has ended before the training; says why, as far as it is known."""
+    """A data worker died during the training; the message says why, if that is known."""
 
 
 @contextmanager
 def deaths_named(workers: int) -> Iterator[None]:
-    """Around a training: torch reports the death of a worker in the middle of whatever it does just then.
+    """Wraps a training, as torch reports a dead worker at any point of it.
 
     Raises:
         WorkerDied: in place of that RuntimeError.

@@ -67,8 +67,8 @@ class InMemory:
 class InFolder:
     """A memory-mapped file that any number of processes reads and writes at once.
 
-    Behind each row stands its checksum, which begins with the header's: a row that was not written, not
-    written to its end, or written for another header, is not known. Whoever writes a row writes the same.
+    Each row is followed by its checksum, which begins with the header's: a row that was not written, not
+    completely written, or written for another header, is not known. All writers of a row write the same.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any], shape: Shape) -> None:
