@@ -84,7 +84,7 @@ def _draw(panel: charts.Panel, entries: Sequence[dict[str, Any]]) -> None:
 
 
 def _medians(runs: Sequence[dict[str, Any]], key: str) -> list[float]:
-    """Epoch by epoch, the median over runs, as far as all of them go (max-steps may differ)."""
+    """Epoch by epoch, the median over runs, up to the end of the shortest (max-steps may differ)."""
     return [median(values) for values in zip(*(run[key] for run in runs), strict=False)]
 
 
