@@ -106,7 +106,7 @@ gpu: ## measure and test on a GPU, in pieces; again to go on: make gpu RESULTS=D
 		$(if $(BUDGET_S),--budget $(BUDGET_S)) $(if $(CIFAR),--cifar "$(CIFAR)") \
 		$(if $(ARCHIVE),--archive "$(ARCHIVE)") $(if $(WHEELS),--wheels "$(WHEELS)")
 
-# The sanitized package lies in a folder of its own; pytest (unlike python -m pytest) imports it from there.
+# The sanitized package is in a folder of its own; pytest (unlike python -m pytest) imports it from there.
 SANITIZED := build/sanitized
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 sanitize: $(READY) $(TOOLS) ## run the library's tests on a build with AddressSanitizer and UBSan
