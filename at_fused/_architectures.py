@@ -35,7 +35,7 @@ class Pretrained(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to make a model, and the images it expects: their side in pixels, mean and deviation of 0..1.
+    """How to make a model, and the images it expects: side in pixels, mean and deviation of pixels in 0..1.
 
     `create(num_classes, **options)` and `pretrained(num_classes, **options)` take options of the model's own;
     with None in place of a number, it has the number of classes that its library gives it.
@@ -54,7 +54,7 @@ class LibraryMissing(Exception):
 
 
 def find(name: str) -> Architecture:
-    """The model of that name, as `elsewhere` takes them, or the zoo's, else torchvision's, else timm's.
+    """Returns the model of that name: as `elsewhere` takes them, else of the zoo, torchvision or timm.
 
     `zoo/NAME`, `torchvision/NAME` and `timm/NAME` insist on one of them.
 
@@ -82,7 +82,7 @@ def find(name: str) -> Architecture:
 
 
 def elsewhere(name: str) -> Architecture:
-    """The model that is called `torchvision:NAME`, `timm:NAME`, or by the factory that makes it.
+    """Returns the model named `torchvision:NAME` or `timm:NAME`, or by the factory that makes it.
 
     Raises:
         ValueError: there is none; lists close names, or says why the library cannot be imported.
@@ -122,7 +122,7 @@ def repository(module: str) -> ModuleType | None:
 
 
 def classifier(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, int]:
-    """The layers of a model that are for another number of classes than `given` weights: that number.
+    """Layer -> number of classes of the `given` weights, for layers of a model that have another number.
 
     Its `own` weights differ in shape from these in no others, and in the first size alone, the same for all.
     """
@@ -213,7 +213,7 @@ def _of_factory(name: str) -> Architecture:
 
 
 def _made(make: Callable[..., nn.Module], name: str, **options: Any) -> nn.Module:
-    """What a library makes; what it refuses, or cannot get, is a ValueError of one line."""
+    """Returns what a library makes; raises its errors and failed downloads as a ValueError of one line."""
     try:
         return make(name, **options)
     except MemoryError:

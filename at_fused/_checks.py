@@ -62,7 +62,7 @@ def check_options(p: float, norm_order: float = 2, eps: float = 0, **options: st
 
 
 def feature_error(feat: object, channel_dim: int) -> tuple[type[Exception], str] | None:
-    """What keeps `feat` from being a feature with its channels at `channel_dim`: the error and its text."""
+    """Why `feat` is no feature with channels at `channel_dim`: an error type and its text; else None."""
     if not isinstance(feat, Tensor):
         return TypeError, f"must be a tensor, got {type(feat).__name__}"
     if feat.dtype not in _DTYPES:
@@ -110,7 +110,7 @@ def check_pairs(
     channel_dim: ChannelDim = 1,
     t_channel_dim: ChannelDim | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Both sides as lists of (B, C, *spatial) views, once every pair is known to match."""
+    """Returns both sides as lists of (B, C, *spatial) views; raises if a pair does not match."""
     if isinstance(s_feats, Tensor) and isinstance(t_feats, Tensor):
         s_feats, t_feats = [s_feats], [t_feats]
     for side, feats in (("s_feats", s_feats), ("t_feats", t_feats)):
@@ -164,7 +164,7 @@ def described(value: object, *, dtype: bool = False) -> str:
 
 
 def _mismatch(student: Tensor, teacher: Tensor, resize: str) -> str | None:
-    """What keeps two (B, C, *spatial) features from forming a pair."""
+    """Why two (B, C, *spatial) features are no pair, in words; else None."""
     if student.device != teacher.device:
         return f"are on different devices, {student.device} and {teacher.device}"
     if student.shape[0] != teacher.shape[0]:
@@ -173,14 +173,14 @@ def _mismatch(student: Tensor, teacher: Tensor, resize: str) -> str | None:
 
 
 def map_mismatch(student: Tensor, teacher: Tensor, resize: str) -> str | None:
-    """What keeps two (B, *spatial) maps of one batch size from being compared."""
+    """Why two (B, *spatial) maps of one batch size cannot be compared, in words; else None."""
     if student.device != teacher.device:
         return f"are on different devices, {student.device} and {teacher.device}"
     return space_mismatch(student.shape[1:], teacher.shape[1:], resize)
 
 
 def space_mismatch(student: torch.Size, teacher: torch.Size, resize: str = "bilinear") -> str | None:
-    """What keeps two maps of these sizes from being compared."""
+    """Why two maps of these sizes cannot be compared, in words; else None."""
     if len(student) != len(teacher):
         sizes = reference.of_one_rank(student, teacher)
         if sizes is None:
@@ -197,7 +197,7 @@ def space_mismatch(student: torch.Size, teacher: torch.Size, resize: str = "bili
 
 
 def _cure(student: torch.Size, teacher: torch.Size) -> str:
-    """What to write where one map is a line of tokens and the other a grid."""
+    """The advice for a pair of which one map is a line of tokens and the other a grid."""
     line, grid = sorted((student, teacher), key=len)
     if (len(line), len(grid)) != (1, 2):
         return ""

@@ -35,7 +35,7 @@ def resolved(name: str) -> str:
 
 
 def build(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    """The model that the factory called `name` makes of a number of classes and its own options."""
+    """Returns the model that the factory `name` makes for a number of classes, with its own options."""
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
         raise ValueError("a factory is named package.module:factory or path/to/file.py:factory")
@@ -96,13 +96,13 @@ def _file(module: ModuleType | None) -> Path | None:
 
 
 def _is_beside(own: Path, other: Path) -> bool:
-    """In its folder, but not within an environment that lies there."""
+    """Whether it is in that folder, but not in a virtual environment inside it."""
     folder = own.parent
     return other.is_relative_to(folder) and "site-packages" not in other.relative_to(folder).parts
 
 
 def told(error: BaseException, place: str = "") -> str:
-    """An error of other code in a line: its kind, what it says, and where in the file `place`."""
+    """Another program's error as one line: its type, its message, and the line of the file `place`."""
     text = " ".join(str(error).split())[:300]
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if place and frame.filename.endswith(place)]

@@ -126,7 +126,7 @@ class ModelTaps:
         return next(selector for selector in self.selectors if selector.name == name)
 
     def hooked_later(self, name: str) -> str | None:
-        """What is wrong where a hook that is called after the tap may have changed the feature."""
+        """The warning for a hook that is called after the tap and may have changed the feature; else None."""
         module = self.hooked[name]()
         if module is None:
             return None
@@ -252,7 +252,7 @@ class _Tap(_Hook):
         self.selector, self.take = selector, take
 
     def tap(self, value: Any, args: Any) -> Any:
-        """`value` as the model is to go on with it; None: unchanged."""
+        """The value that the model continues with; None leaves it unchanged."""
         pass_, selector = self.pass_, self.selector
         if torch.jit.is_tracing() or (pass_.own_calls_only and not pass_.running):
             return None
@@ -299,7 +299,7 @@ class _InputTap(_Tap):
 
 
 def is_complete(model: nn.Module | None) -> bool:
-    """Whether there is a model, with its modules: a copy may still lack them where it owns its taps."""
+    """Whether there is a model with its modules: a copy that owns its taps may still lack them."""
     return model is not None and "_modules" in model.__dict__
 
 

@@ -10,7 +10,7 @@ from ._hooks import ModelTaps
 def pair_names(
     names: Iterable[str] | Mapping[str, str], t_names: Iterable[str] | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The student's and the teacher's names, as many of each."""
+    """Returns the student's and the teacher's names, equally many."""
     for what, value in (("names", names), ("t_names", t_names)):
         if isinstance(value, str):
             raise TypeError(f"{what} must be a sequence of module names, got the single string {value!r}")

@@ -1,4 +1,4 @@
-"""Names of features: a module, its input or output, and a place in what that is."""
+"""Names of features: a module, its input or output, and a position within it."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _index(node: ast.expr) -> Any:
 
 
 def select(value: Any, selector: Selector) -> Any:
-    """What `selector` leads to within a module's output or input.
+    """Returns the part of a module's output or input that `selector` selects.
 
     Raises:
         TypeError: it leads nowhere, or not to a tensor; the message lists what is there.
@@ -171,7 +171,7 @@ def _example(selector: Selector, value: Any) -> str:
 
 
 def unknown_name(name: str, known: list[str]) -> str:
-    """What to say of a `name` that is not among the `known` modules."""
+    """The message for a `name` that is not among the `known` modules."""
     known = [candidate for candidate in known if candidate]
     if close := close_names(name, known):
         return f"no submodule named {name!r}; close names: {', '.join(close)}"
@@ -180,5 +180,5 @@ def unknown_name(name: str, known: list[str]) -> str:
 
 
 def close_names(name: str, known: Iterable[str]) -> list[str]:
-    """Those of the `known` names that may be meant by `name`, the closest first."""
+    """The `known` names that `name` may be a misspelling of, the closest first."""
     return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=4)

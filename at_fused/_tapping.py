@@ -21,7 +21,7 @@ class Tapping:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Within this context passes are not recorded, and cost nothing: an evaluation between two steps.
+        """Within this context passes are not recorded and cost nothing; for an evaluation between two steps.
 
         What was recorded before is kept. The backward pass of a checkpointed pass belongs within it, too.
         """

@@ -44,7 +44,7 @@ class Outlet:
 
 @contextmanager
 def lenient_output() -> Iterator[None]:
-    """Meanwhile stdout and stderr are outlets; for a program's main function, which it may decorate."""
+    """Makes stdout and stderr outlets within this context; can decorate a program's main function."""
     before = sys.stdout, sys.stderr
     outlets = [stream and Outlet(stream) for stream in before]  # None: closed by the shell
     sys.stdout, sys.stderr = outlets  # type: ignore[assignment]
@@ -58,10 +58,10 @@ def lenient_output() -> Iterator[None]:
 
 
 def require_output() -> None:
-    """Print what waits on stdout; for programs whose output is what they are for.
+    """Flush stdout, and raise if that fails; for programs whose only result is their output.
 
     Raises:
-        OSError: it can't be written; not where the reader has seen enough and gone.
+        OSError: it can't be written; not if the reader has closed the pipe.
     """
     if sys.stdout:
         sys.stdout.flush()

@@ -28,7 +28,7 @@ _SHOWN = 8  # keys
 
 
 class Inert:
-    """Stands for an object of a file that is no tensor or plain container, and takes nothing from it."""
+    """Replaces an object of a file that is no tensor or plain container, and reads nothing of it."""
 
     def __new__(cls, *args: Any) -> Inert:
         return object.__new__(cls)

@@ -26,7 +26,7 @@ INSTALLED = {"maps": "at_fused.visualize.__main__", "taps": "at_fused.taps.__mai
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of COMMANDS on the words behind its name; returns its exit code, 2 after a mistake."""
+    """Run one of COMMANDS with the words after its name; returns its exit code, 2 after a mistake."""
     words = list(sys.argv[1:] if argv is None else argv)
     first = words[0] if words else ""
     if first in ("-h", "--help"):
