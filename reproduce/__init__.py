@@ -1,1 +1,1 @@
-"""The paper's tables, trained again and set beside the published figures; in miniature; and the demo."""
+"""The paper's tables, trained again and compared with the published figures; their miniature; the demo."""

@@ -1,4 +1,4 @@
-"""Reproduction of the paper's tables: trains every cell and sets it beside the published figure.
+"""Reproduction of the paper's tables: trains every cell and compares it with the published figure.
 
     python -m reproduce table1 --schedule short --data-dir DIR --seeds 2 --jobs 2 --out runs/paper
 

@@ -40,7 +40,7 @@ def folder(text: str) -> Path:
 
 @contextmanager
 def exclusive(out: Path) -> Iterator[None]:
-    """Make the folder `out`, and keep other processes that ask for it out meanwhile.
+    """Make the folder `out`, and lock it against other processes within this context.
 
     Raises:
         ConfigError: another process is at work there, or the folder can't be made.

@@ -81,7 +81,7 @@ def start(job: Job, logs: Path) -> subprocess.Popen[bytes]:
 
 
 def listing(jobs: Sequence[Job]) -> Iterator[str]:
-    """A line per job, with the epochs that are left of it, and their number."""
+    """Yields a line per job with its remaining epochs, then one with the number of runs."""
     left = 0
     for job in jobs:
         done = len(job.history())
@@ -136,7 +136,7 @@ def estimate(jobs: Sequence[Job], say: Callable[[str], object]) -> bool:
 
 
 def measure(job: Job) -> float | None:
-    """Seconds per training step; None, and a line on stderr, where it can't be measured.
+    """Returns the seconds per training step, or None and prints a line to stderr if it can't be measured.
 
     The steps are epochs of one batch each: metrics.jsonl has the time of every epoch.
     """

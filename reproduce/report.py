@@ -26,7 +26,7 @@ Entry = dict[str, Any]
 
 
 def write(plan: Plan) -> str:
-    """TABLE.json, TABLE.md and, of finished runs, TABLE.png in the plan's folder; returns the Markdown."""
+    """Write TABLE.json, TABLE.md and, of finished runs, TABLE.png; returns the Markdown."""
     result = results(plan)
     text = markdown(result)
     plan.folder.mkdir(parents=True, exist_ok=True)

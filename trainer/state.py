@@ -77,7 +77,7 @@ class TrainState:
         return states | {"progress": asdict(self.progress), "ranks": ranks}
 
     def restore(self, stored: dict[str, Any]) -> None:
-        """Take up what `collect` gave; ConfigError where it does not fit."""
+        """Restore what `collect` returned; ConfigError if it does not fit."""
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(stored[name])

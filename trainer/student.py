@@ -1,4 +1,4 @@
-"""What learns in a run."""
+"""The modules that a run trains."""
 
 from __future__ import annotations
 

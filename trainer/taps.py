@@ -186,7 +186,7 @@ def features(model: nn.Module, names: Sequence[str], image: Tensor) -> list[Tens
 
 
 def text(taps: Taps) -> str:
-    """As one types it, pairs in short."""
+    """As a user would type it, with pairs in their short form."""
     if isinstance(taps, list):
         return ",".join(
             item if isinstance(item, str) else f"{item.student} <- {item.teacher or item.student}"

@@ -12,7 +12,7 @@ from trainer.folding import fold_batch_norms
 
 
 class Teacher:
-    """A trained network in eval mode, none of whose parameters asks for a gradient.
+    """A trained network in eval mode whose parameters require no gradient.
 
     `digest` tells its weights, as they were before any was folded.
     """

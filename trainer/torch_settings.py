@@ -1,4 +1,4 @@
-"""How PyTorch computes in this process: dtypes, layout, threads, determinism."""
+"""PyTorch's settings in this process: dtypes, layout, threads, determinism."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def in_layout(config: Config, images: Tensor) -> Tensor:
 
 
 def new_pass(config: Config) -> None:
-    """Let CUDA graphs write over what they gave before: it has been used."""
+    """Allow CUDA graphs to overwrite their previous outputs, which have been used."""
     if config.cuda_graphs:
         torch.compiler.cudagraph_mark_step_begin()
 

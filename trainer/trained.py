@@ -1,4 +1,4 @@
-"""What is done with a trained student: its test error, and its export. Nothing of a run is written."""
+"""The test error and the export of a trained student; no file of a run is written."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def export(config: Config, weights: Path, path: Path) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch prints and logs of its tracing: what matters to the user is in its error."""
+    """Hides what torch prints and logs while it traces; its error says what matters to the user."""
     logging.disable(logging.WARNING)
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():

@@ -50,7 +50,7 @@ def claim(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Training:
-    """A recipe to train into `folder`; what it prints goes to a log beside."""
+    """A recipe to train into `folder`; its output goes to a log file beside it."""
 
     recipe: str
     folder: Path
@@ -62,7 +62,7 @@ class Training:
         return self.folder.parent / f"{self.folder.name}.log"
 
     def start(self) -> subprocess.Popen[bytes] | None:
-        """A process of its own; None while the teacher is not finished."""
+        """Start a process; returns None while the teacher is not finished."""
         if self.teacher and not (self.teacher / "summary.json").exists():
             return None
         recipe = ROOT / "recipes" / "demo" / f"{self.recipe}.yaml"
@@ -76,7 +76,7 @@ class Training:
             )
 
     def epoch(self) -> str:
-        """How far it is, by its log."""
+        """The latest epoch in its log."""
         try:
             found = re.findall(r"^epoch \d+/\d+", self.log.read_text(encoding="utf-8"), re.MULTILINE)
         except OSError:

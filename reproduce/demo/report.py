@@ -214,7 +214,7 @@ def curves(runs: Sequence[Run]) -> Figure:
 
 
 def draw_runs(panel: charts.Panel, recipe: str, group: Sequence[Run], longest: int) -> None:
-    """The curves of one recipe."""
+    """Draw the curves of one recipe."""
     colour = COLOURS[recipe]
     errors = [[epoch["test_error"] for epoch in run.metrics] for run in group]
     median = median_of(errors)
@@ -255,7 +255,7 @@ def telling_images(labels: Tensor, alone: Tensor, at: Tensor, count: int) -> tup
 
 
 def attention_maps(test: Split, places: list[int], alone: Answers, at: Answers, teacher: Answers) -> Figure:
-    """Image, and each network's maps per group, of the test images at `places`."""
+    """The picture of the test images at `places`: each image, and each network's maps per group."""
     networks = {"alone": alone, "with AT": at, "teacher": teacher}
     return attention_grid(
         test.images[places].permute(0, 3, 1, 2),

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def write(folder: Path, runs: Runs) -> str:
-    """The files of FILES, mini.csv and mini.json; returns the page."""
+    """Write the files of FILES, mini.csv and mini.json; returns the page."""
     tables, rows = [], []
     for name, jobs in (("table5", runs.table5), ("table4", runs.table4)):
         dataset = data.load(jobs["teacher"].config, CPU)
@@ -52,13 +52,13 @@ def write(folder: Path, runs: Runs) -> str:
 
 
 def answers(job: Job, dataset: LabelledImages) -> Answers:
-    """The answers of the network that `job` has trained, perhaps on other classes, to the test images."""
+    """The answers to the test images of the network that `job` trained, perhaps on other classes."""
     names = data.load(job.config, CPU).names
     return network_answers(job.config.student, job.folder / run_folder.MODEL, names, dataset, LAYERS)
 
 
 def likeness(own: Answers, teacher: Answers) -> dict[str, float]:
-    """Per layer, how alike the maps are."""
+    """Layer -> mean cosine similarity of the maps to the teacher's."""
     return dict(zip(LAYERS, map_likeness(own, teacher), strict=True))
 
 

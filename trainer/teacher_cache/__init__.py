@@ -1,4 +1,4 @@
-"""A teacher that runs once: what it makes of the images in the first epochs is kept, and read later."""
+"""A teacher that runs once: its maps and logits in the first epochs are kept, and read later."""
 
 from __future__ import annotations
 

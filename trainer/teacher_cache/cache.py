@@ -1,4 +1,4 @@
-"""When the teacher runs, and when what it has made before serves."""
+"""Decides when the teacher runs and when its stored maps and logits are used."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KEYS = (
 
 
 class TeacherCache:
-    """What the teacher makes of the training images in each epoch of augment-cycle: made once, then read.
+    """The teacher's maps and logits of the training images, per epoch of augment-cycle, computed once.
 
     The rows of an epoch of the cycle are made in the first epoch that uses them and, where they were lost
     since, in the same batches as then: so a run has the same bits however often it is interrupted. For the
@@ -94,7 +94,7 @@ class TeacherCache:
         interrupted: Callable[[], int],
         say: Callable[[str], None],
     ) -> int:
-        """Make what should be there for the batches `parts` of an epoch and is not; all ranks must call.
+        """Compute what is missing for the batches `parts` of an epoch; all ranks must call.
 
         Returns the number of a signal that `interrupted` it, else 0.
         """
@@ -119,7 +119,7 @@ class TeacherCache:
         return 0
 
     def taught(self, part: slice, images: Tensor) -> Taught | None:
-        """What the teacher makes of `images`, this rank's share of the epoch's batch `part`.
+        """The teacher's maps and logits of `images`, this rank's share of the epoch's batch `part`.
 
         None before the epoch in which the student is first taught.
         """

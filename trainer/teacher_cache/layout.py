@@ -1,4 +1,4 @@
-"""How what a teacher has made of an image becomes a row of numbers, and is read from it again."""
+"""Converts a teacher's maps and logits of an image to a row of numbers and back."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Layout:
         return rows.view(torch.uint8)
 
     def unpack(self, rows: Tensor, device: torch.device) -> Taught:
-        """What `pack` has made rows of, to the dtype's rounding, in fp32."""
+        """The maps and logits that `pack` took, rounded to the dtype, in fp32."""
         wide = rows.view(DTYPES[self.dtype]).to(device, non_blocking=True).float()
         *flat, logits = wide.split([*map(prod, self.maps or ()), self.logits], 1)
         maps = None

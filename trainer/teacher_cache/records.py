@@ -31,11 +31,11 @@ class Records(Protocol):
     writable: bool
 
     def known(self, epoch: int, indices: Tensor) -> Tensor:
-        """Which of them are there, and whole: (n,) bool."""
+        """Which of them are stored completely: (n,) bool."""
         ...
 
     def read(self, epoch: int, indices: Tensor) -> Tensor:
-        """Those that are `known`; the others are anything."""
+        """The rows; those that are not `known` hold arbitrary values."""
         ...
 
     def write(self, epoch: int, indices: Tensor, rows: Tensor) -> None:
@@ -44,7 +44,7 @@ class Records(Protocol):
 
 
 class InMemory:
-    """This process's own."""
+    """Rows in this process's memory."""
 
     writable = True
 
