@@ -1,6 +1,9 @@
 """Every test starts from the same random state and one thread, whatever the test before it did."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +23,9 @@ with suppress(ImportError):  # a run of the library alone
 
 # A compiler in this process, rather than in others that first import torch and that a fork can't use.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # xdist's workers inherit it; an older one may not fit
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="at-fused-inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # on a GPU, too, fp32 is compared as fp32
 torch.backends.cudnn.deterministic = True  # and what is computed twice has the same bits
 
