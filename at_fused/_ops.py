@@ -6,14 +6,14 @@ torch.library.register_autograd. Functions take their tensors flat, since apply(
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import backends, reference
+from ._derivatives import recomputed_gradients, requires_grad, save_for_backward, saved_tensors_of
 from ._outputs import Outputs, empty_gradients, empty_loss, empty_maps
 from ._schemas import (
     attention_loss,
@@ -26,42 +26,17 @@ from ._schemas import (
 )
 
 
-def _requires_grad(*groups: Sequence[Tensor]) -> bool:
-    if forward_ad._current_level >= 0:  # its tangents are refused by the Functions; past them they get lost
-        return True
-    return torch.is_grad_enabled() and any(tensor.requires_grad for group in groups for tensor in group)
-
-
-def _save_for_backward(ctx: Any, *tensors: Tensor) -> None:
-    """Inference tensors, such as a teacher's features, can't be saved: they are held as they are."""
-    ctx.held = None
-    if any(tensor.is_inference() for tensor in tensors):
-        ctx.held = [tensor if tensor.is_inference() else None for tensor in tensors]
-        pairs = zip(tensors, ctx.held, strict=True)
-        ctx.save_for_backward(*(tensor if held is None else None for tensor, held in pairs))
-    else:
-        ctx.save_for_backward(*tensors)
-
-
-def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
-    """Read once: each read unpacks, which checkpointing allows only once."""
-    saved: tuple[Tensor, ...] = ctx.saved_tensors
-    if ctx.held is None:
-        return saved
-    return tuple(tensor if held is None else held for tensor, held in zip(saved, ctx.held, strict=True))
-
-
 class _Maps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: float, mapping: str, backend: str, *feats: Tensor) -> tuple[Tensor, ...]:
         ctx.options = (p, mapping, backend)
-        _save_for_backward(ctx, *feats)
+        save_for_backward(ctx, *feats)
         ctx.set_materialize_grads(False)
         return tuple(below_autograd(attention_maps, list(feats), p, mapping, backend))
 
     @staticmethod
     def backward(ctx: Any, *grad_maps: Tensor | None) -> tuple[Tensor | None, ...]:
-        feats = _saved_tensors(ctx)
+        feats = saved_tensors_of(ctx)
         wanted = [i for i, grad in enumerate(grad_maps) if grad is not None and ctx.needs_input_grad[3 + i]]
         grads: list[Tensor | None] = [None] * len(feats)
         if wanted:
@@ -102,7 +77,7 @@ class _MapsBackward(torch.autograd.Function):
                 for feat, grad, s in zip(tensors[:count], tensors[count:], scales, strict=True)
             ]
 
-        recomputed = _recomputed_gradients(recompute, (scale, *tensors), needed, grads)
+        recomputed = recomputed_gradients(recompute, (scale, *tensors), needed, grads)
         return None, None, None, None, *recomputed, *of_addends
 
 
@@ -215,7 +190,7 @@ class _Loss(torch.autograd.Function):
         below_autograd(fill_loss, students, teachers, weights, p, mapping, eps, backend, *outputs)
         ctx.options, ctx.early_gradients = options, outputs.grads or None
         ctx.student_slopes = len(outputs.student_slopes)
-        _save_for_backward(ctx, *feats, *outputs.student_slopes, *outputs.teacher_slopes)
+        save_for_backward(ctx, *feats, *outputs.student_slopes, *outputs.teacher_slopes)
         ctx.set_materialize_grads(False)
         return outputs.loss
 
@@ -226,7 +201,7 @@ class _Loss(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         if grad is None:
             return None, *[None] * (2 * count)
-        saved = _saved_tensors(ctx)
+        saved = saved_tensors_of(ctx)
         feats, slopes = saved[: 2 * count], saved[2 * count :]
 
         if torch.is_grad_enabled() or not backends.is_plain(grad):
@@ -241,7 +216,7 @@ class _Loss(torch.autograd.Function):
                     )
                 ]
 
-            return None, *_recomputed_gradients(recompute, feats, needed, (grad,))
+            return None, *recomputed_gradients(recompute, feats, needed, (grad,))
 
         if reduce and type(grad) is Tensor and backends.gives_early_gradients(backend):
             # Handed out once, and without a second reference, so that autograd need not copy them.
@@ -283,39 +258,8 @@ def _pick(values: Tensor, indices: list[int]) -> Tensor:
     return torch.stack([parts[i] for i in indices])
 
 
-def _recomputed_gradients(
-    function: Any, inputs: Sequence[Tensor | None], needed: Sequence[bool], grads: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Gradients at the needed inputs through a differentiable recomputation in plain PyTorch."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Inference tensors can't be saved by what is recomputed from them, their copies can.
-        inputs = [x.clone() if x is not None and x.is_inference() else x for x in inputs]
-        # Views keep the graph of the inputs when it is wanted, and cut it when it is not.
-        inputs = [
-            None if x is None else (reference.alias(x) if create_graph else x.detach().requires_grad_(need))
-            for x, need in zip(inputs, needed, strict=True)
-        ]
-        outputs = function(*inputs)
-        wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
-        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                [out for out, _ in pairs],
-                wanted,
-                [grad for _, grad in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-        )
-    return [
-        reference.in_format(next(found), reference.strides_of(x)) if need and x is not None else None
-        for x, need in zip(inputs, needed, strict=True)
-    ]
-
-
 def _maps_autograd(feats: list[Tensor], p: float, mapping: str, backend: str) -> list[Tensor]:
-    if _requires_grad(feats):
+    if requires_grad(feats):
         return list(_Maps.apply(p, mapping, backend, *feats))
     return below_autograd(attention_maps, feats, p, mapping, backend)
 
@@ -330,7 +274,7 @@ def _maps_backward_autograd(
     addends: list[Tensor] | None = None,
 ) -> list[Tensor]:
     addends = addends or []
-    if _requires_grad(feats, grad_maps, addends, () if scale is None else (scale,)):
+    if requires_grad(feats, grad_maps, addends, () if scale is None else (scale,)):
         tensors = (scale, *feats, *grad_maps, *addends)
         return list(_MapsBackward.apply(p, mapping, backend, len(feats), *tensors))
     return below_autograd(attention_maps_backward, feats, grad_maps, scale, p, mapping, backend, addends)
@@ -347,7 +291,7 @@ def _loss_autograd(
     backend: str,
 ) -> Tensor:
     options = _LossOptions(weights, p, mapping, eps, reduce, backend)
-    if _requires_grad(students, teachers):
+    if requires_grad(students, teachers):
         return _Loss.apply(options, *students, *teachers)
     return below_autograd(attention_loss, students, teachers, *options)
 
