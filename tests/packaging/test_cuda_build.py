@@ -216,7 +216,7 @@ def test_library_builds_for_hopper_without_spills(hopper: Library) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", program]
     loaded = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-    assert "Tensor(d!) workspace" in loaded.stdout, loaded.stderr
+    assert "Tensor(e!) workspace" in loaded.stdout, loaded.stderr
 
 
 def cuda_symbols(folder: Path) -> str:
