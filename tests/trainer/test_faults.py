@@ -19,11 +19,12 @@ import pytest
 import torch
 from paths import ROOT
 from runs import SMALL, Forked, code_of, dashed, flags, forked, in_a_child, make_folders, metrics, wait_until
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 import train
 from trainer import checkpoint, distributed, run_folder
-from trainer.data import in_memory
+from trainer.data import in_memory, workers
 from trainer.errors import ConfigError, RankError
 from trainer.run import Run
 
@@ -527,6 +528,40 @@ def test_a_killed_data_worker(tmp_path: Path) -> None:
     output, error = process.communicate(timeout=120)
     assert (process.returncode, error) == (0, "")
     assert f"continuing from step {step} of {step + 1}" in output
+
+
+LOST = [
+    ConnectionResetError(104, "Connection reset by peer"),
+    EOFError(),
+    FileNotFoundError(2, "No such file"),
+]
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
+def test_a_worker_that_dies_as_it_hands_over(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then torch raises what its socket does."""
+
+    def broken(loader: object) -> Any:
+        raise error
+        yield
+
+    monkeypatch.setattr(DataLoader, "__iter__", broken)
+    make_folders(tmp_path / "images")
+    keys = {"dataset": "imagefolder", "data_dir": tmp_path / "images", "image_size": 16, "workers": 2}
+    assert run(tmp_path / "run", **keys, limit_train=24, limit_test=9) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a data worker has ended, perhaps for lack of memory: fewer workers (now 2) or a smaller" in line
+
+
+def test_what_a_worker_raises_is_no_loss_of_it() -> None:
+    def batches() -> Any:
+        yield 1
+        raise EOFError("Caught EOFError in DataLoader worker process 0.")
+
+    with pytest.raises(EOFError, match="Caught"):
+        list(workers.connected(batches()))
 
 
 @pytest.mark.slow

@@ -193,7 +193,8 @@ class _Loader:
 
     def batches(self, keys: list[list[Key]]) -> Iterator[tuple[Tensor, Tensor, list[Fault]]]:
         self._keys[:] = keys
-        return iter(self._loader)
+        batches = iter(self._loader)
+        return workers.connected(batches) if self._loader.num_workers else batches
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Fault]]:

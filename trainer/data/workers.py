@@ -9,12 +9,16 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
+from typing import TypeVar
 
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (.+?)\. |exited)")
 FULL = "unable to allocate shared memory"
+LOST = "the connection to a data worker broke"
+
+_Batch = TypeVar("_Batch")
 
 
 class WorkerDied(RuntimeError):
@@ -37,10 +41,26 @@ def deaths_named(workers: int) -> Iterator[None]:
         raise WorkerDied(f"{reason}; resume auto continues from the last checkpoint") from None
 
 
+def connected(batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    """`batches` of a loader's workers.
+
+    Raises:
+        RuntimeError: one died as it handed over a batch, which torch reports as whatever its socket did.
+    """
+    try:
+        yield from batches
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        if str(error).startswith("Caught"):  # by the worker, in its own work
+            raise
+        raise RuntimeError(LOST) from error
+
+
 def _reason(message: str, need_less: str) -> str | None:
     shared = f"the shared memory is full (/dev/shm; of Docker, --shm-size): {need_less}"
     if FULL in message:
         return f"a data worker can't hand over its images, as {shared}"
+    if message == LOST:
+        return f"a data worker has ended, perhaps for lack of memory: {need_less}"
     if not (found := DEATH.search(message)):
         return None
     pid, by = found.groups()
