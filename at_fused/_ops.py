@@ -280,19 +280,9 @@ def _maps_backward_autograd(
     return below_autograd(attention_maps_backward, feats, grad_maps, scale, p, mapping, backend, addends)
 
 
-def _loss_autograd(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    weights: list[float],
-    p: float,
-    mapping: str,
-    eps: float,
-    reduce: bool,
-    backend: str,
-) -> Tensor:
-    options = _LossOptions(weights, p, mapping, eps, reduce, backend)
+def _loss_autograd(students: list[Tensor], teachers: list[Tensor], *options: Any) -> Tensor:
     if requires_grad(students, teachers):
-        return _Loss.apply(options, *students, *teachers)
+        return _Loss.apply(_LossOptions(*options), *students, *teachers)
     return below_autograd(attention_loss, students, teachers, *options)
 
 

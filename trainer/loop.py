@@ -77,10 +77,8 @@ def train_epoch(run: Run, stop: distributed.StopRequest) -> int:
     progress.partial = None
     epoch = progress.step // run.steps_per_epoch
     begun = time.perf_counter() - progress.seconds
-    if run.cache is not None:
-        every = [batch_places(run, step) for step in range(run.steps_per_epoch)]
-        if signal := run.cache.begin_epoch(epoch, every, stop.poll, run.reporter.say):
-            return signal
+    if signal := ready_cache(run, stop):
+        return signal
     signal = train_steps(run, stop, begun)
     if progress.step % run.steps_per_epoch and progress.step < run.last_step:
         return signal
@@ -133,7 +131,7 @@ def train_steps(run: Run, stop: distributed.StopRequest, begun: float) -> int:
     epoch, first = divmod(progress.step, run.steps_per_epoch)
     build.train_mode(run.student, config.freeze_bn)
     run.reporter.begin_epoch(epoch + 1, config.epochs)
-    parts = [batch_places(run, step) for step in range(first, run.steps_per_epoch)]
+    parts = [_batch_places(run, step) for step in range(first, run.steps_per_epoch)]
     places = [run.mixing.places(part) for part in parts]
     batches = run.dataset.training_batches(config.seed, epoch, places, config.augment_cycle)
     signal = 0
@@ -154,7 +152,16 @@ def train_steps(run: Run, stop: distributed.StopRequest, begun: float) -> int:
     return signal
 
 
-def batch_places(run: Run, step: int) -> slice:
+def ready_cache(run: Run, stop: distributed.StopRequest) -> int:
+    """Ready the teacher's cache, if there is one, for the epoch; returns the number of a signal, else 0."""
+    if run.cache is None:
+        return 0
+    every = [_batch_places(run, step) for step in range(run.steps_per_epoch)]
+    epoch = run.progress.step // run.steps_per_epoch
+    return run.cache.begin_epoch(epoch, every, stop.poll, run.reporter.say)
+
+
+def _batch_places(run: Run, step: int) -> slice:
     """Places in the epoch of the global batch of its `step`-th step."""
     size = run.config.batch_size
     return slice(step * size, min((step + 1) * size, len(run.dataset.train)))

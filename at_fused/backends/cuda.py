@@ -114,9 +114,8 @@ def attention_loss(
     mapping: str,
     eps: float,
 ) -> None:
-    size = (
-        sum(student.shape[0] for student in students) + 1
-    )  # the samples' partial sums, and room for a counter
+    # The samples' partial sums, and room for a counter.
+    size = sum(student.shape[0] for student in students) + 1
     workspace = torch.empty(size, dtype=torch.float64, device=outputs.loss.device)
     torch.ops.at_fused_cuda.attention_loss(students, teachers, weights, *outputs, workspace, p, eps)
 

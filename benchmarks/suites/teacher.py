@@ -107,13 +107,9 @@ def epoch(run: Run, stop: distributed.StopRequest) -> Callable[[], None]:
     run.reporter.console.quiet = True
     if run.cache is not None:
         run.cache.open()
-    every = [loop.batch_places(run, step) for step in range(run.steps_per_epoch)]
 
     def train() -> None:
-        if run.cache is not None:
-            run.cache.begin_epoch(
-                run.progress.step // run.steps_per_epoch, every, stop.poll, run.reporter.say
-            )
+        loop.ready_cache(run, stop)
         loop.train_steps(run, stop, time.perf_counter())
         run.watch.wait()
 
